@@ -123,13 +123,13 @@ def check_batch(x: Tensor, y: Tensor) -> None:
 
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
-    "Raise unless `logits` is a finite `[B, K]` that has every class in `y`."
+    "Raise unless `logits` is a finite `[B, K]` that has every class in `y` (where `y` holds classes)."
     if logits.ndim != 2 or len(logits) != len(y):
         raise ValueError(f"the model must return logits [{len(y)}, K], got {tuple(logits.shape)}")
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits)).any(1).sum())
         raise ValueError(f"the model returned NaN or infinite logits for {bad} of {len(y)} images")
-    if len(y) and (y.min() < 0 or y.max() >= logits.shape[1]):
+    if len(y) and y.dtype == torch.int64 and (y.min() < 0 or y.max() >= logits.shape[1]):
         raise ValueError(f"labels run from {y.min().item()} to {y.max().item()}, the model has classes 0 to {logits.shape[1] - 1}")
 
 # %% ../../nbs/10_attacks/00_base.ipynb #c14

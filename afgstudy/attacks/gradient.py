@@ -7,12 +7,22 @@ __all__ = ['SHRINK_EVERY', 'norms', 'per_image', 'steepest', 'project', 'random_
            'FGSM', 'BIM', 'MIFGSM', 'worst_case', 'PGD']
 
 # %% ../../nbs/10_attacks/01_gradient.ipynb #c02
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .base import LOSSES, Attack, ImageNoise, Model, check_logits, check_radius, input_gradient
+from afgstudy.attacks.base import (
+    LOSSES,
+    Attack,
+    ImageNoise,
+    Model,
+    check_logits,
+    check_radius,
+    frozen,
+    input_gradient,
+)
 
 # %% ../../nbs/10_attacks/01_gradient.ipynb #c07
 def norms(delta: Tensor, norm: str = "l2") -> Tensor:
@@ -63,29 +73,24 @@ def fooled(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
 def ascend(
     model: Model,
     x: Tensor,  # [B, C, H, W], the centre of the ball
-    y: Tensor,  # [B]
+    y: Tensor,  # [B, ...], what `loss` compares the logits with: classes, or anything else of one row an image
     start: Tensor,  # [B, C, H, W], where the walk begins
     *,
+    loss: Callable[[Tensor, Tensor], Tensor],  # (logits, y) -> [B], to climb
     eps: float,
     step_size: float,
     steps: int,
     norm: str,
-    loss: str,
-    targeted: bool,
+    targeted: bool = False,
     decay: float | None = None,  # momentum of MI-FGSM; None: no memory
     stop: bool = False,  # stop an image at the first iterate that fools the model
 ) -> tuple[Tensor, Tensor]:  # last (or fooling) iterate, and the number of the first iterate that fooled: steps + 1 = none
     "Walk uphill on each image's loss. Without `stop` the second value is meaningless and costs nothing."
-    sign = -1.0 if targeted else 1.0
-
-    def objective(logits, labels):
-        return sign * LOSSES[loss](logits, labels)
-
-    result, first = start.clone(), torch.full_like(y, steps + 1)
-    here, at, velocity = torch.arange(len(y), device=y.device), start, None
-    done = torch.zeros_like(y, dtype=torch.bool)
+    result, at, velocity = start.clone(), start, None
+    here = torch.arange(len(x), device=x.device)
+    first, done = torch.full_like(here, steps + 1), torch.zeros_like(here, dtype=torch.bool)
     for t in range(steps):
-        gradient, logits, _ = input_gradient(model, at, y, objective, check=t == 0)
+        gradient, logits, _ = input_gradient(model, at, y, loss, check=t == 0)
         if stop:
             done = done | fooled(logits, y, targeted)
             first[here] = torch.where(done, first[here].clamp(max=t), first[here])
@@ -130,10 +135,14 @@ class GradientAttack(Attack):
         if (step_size := getattr(self, "step_size", None)) is not None:
             check_radius("step_size", step_size, self.norm)
 
+    def objective(self, logits: Tensor, y: Tensor) -> Tensor:
+        "What the attack climbs, `[B]`: the loss of the true class, or minus the loss of the target."
+        return LOSSES[self.loss](logits, y) * (-1 if self.targeted else 1)
+
     def walk(self, model: Model, x: Tensor, y: Tensor, start: Tensor, **settings) -> tuple[Tensor, Tensor]:
         "`ascend` with this attack's radius, norm, loss and aim."
-        own = dict(eps=self.eps, norm=self.norm, loss=self.loss, targeted=self.targeted)
-        return ascend(model, x, y, start, **own, **settings)
+        own = dict(loss=self.objective, eps=self.eps, norm=self.norm, targeted=self.targeted)
+        return ascend(model, x, y, start, **own | settings)
 
 # %% ../../nbs/10_attacks/01_gradient.ipynb #c16
 @dataclass(frozen=True)
@@ -195,7 +204,7 @@ def worst_case(
         moved, step = attack.walk_from(model, x[here], y[here], noise[here], restart)
         logits = model(moved)
         wrong = fooled(logits, y[here], attack.targeted)
-        value = LOSSES[attack.loss](logits, y[here]) * (-1 if attack.targeted else 1)
+        value = attack.objective(logits, y[here])
         better = wrong | (value > highest[here])
         best[here[better]], highest[here[better]] = moved[better], value[better]
         first[here] = torch.where(wrong, step.clamp(max=attack.steps), attack.steps + 1)
@@ -235,6 +244,20 @@ class PGD(GradientAttack):
         if self.restarts == 1 and not self.stop_on_success:
             return self.walk_from(model, x, y, noise, 0)[0]
         return worst_case(self, model, x, y, noise)[0]
+
+    def maximise(
+        self,
+        model: Model,
+        x: Tensor,  # [B, C, H, W] in [0, 1]
+        target: Tensor,  # [B, ...], one row an image
+        loss: Callable[[Tensor, Tensor], Tensor],  # (logits, target) -> [B]
+        start: Tensor | None = None,  # [B, C, H, W]; default: x
+        mode: str = "eval",  # the model's mode meanwhile
+    ) -> Tensor:  # [B, C, H, W]
+        "The last iterate of a walk up another loss than the attack's own, in the same ball; TRADES trains with it."
+        settings = dict(loss=loss, step_size=self.step_size, steps=self.steps)
+        with torch.no_grad(), frozen(model, mode):
+            return self.walk(model, x, target, x if start is None else start, **settings)[0]
 
     def steps_to_success(
         self,
