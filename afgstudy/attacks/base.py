@@ -123,13 +123,13 @@ def check_batch(x: Tensor, y: Tensor) -> None:
 
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
-    "Raise unless `logits` is a finite `[B, K]` that has every class in `y`."
+    "Raise unless `logits` is a finite `[B, K]` that has every class in `y` (where `y` holds classes)."
     if logits.ndim != 2 or len(logits) != len(y):
         raise ValueError(f"the model must return logits [{len(y)}, K], got {tuple(logits.shape)}")
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits)).any(1).sum())
         raise ValueError(f"the model returned NaN or infinite logits for {bad} of {len(y)} images")
-    if len(y) and (y.min() < 0 or y.max() >= logits.shape[1]):
+    if len(y) and y.dtype == torch.int64 and (y.min() < 0 or y.max() >= logits.shape[1]):
         raise ValueError(f"labels run from {y.min().item()} to {y.max().item()}, the model has classes 0 to {logits.shape[1] - 1}")
 
 # %% ../../nbs/10_attacks/00_base.ipynb #c14
@@ -146,6 +146,21 @@ class Attack:
         "The attack itself, on a frozen model and checked images; returns `[B, C, H, W]`."
         raise TypeError(f"{type(self).__name__} does not define perturb(model, x, y, noise)")
 
+    def guarded(
+        self,
+        method: Callable,  # (model, x, y, noise) -> result
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        mode: str = "eval",
+    ):  # what `method` returns
+        "Call `method` with checked copies of the input, a frozen model and one seed an image."
+        check_batch(x, y)
+        noise = ImageNoise.draw(len(x), generator, x.device)
+        with torch.inference_mode(False), torch.no_grad(), frozen(model, mode):
+            return method(model, x.detach().clone(), y.clone(), noise)
+
     def __call__(
         self,
         model: Model,  # images [B, C, H, W] in [0, 1] -> logits [B, K]; left as it is
@@ -155,12 +170,7 @@ class Attack:
         mode: str = "eval",  # the model's mode during the attack
     ) -> Tensor:  # adversarial images, as x
         "Adversarial images for `x`; raises `ValueError` for input out of range and for NaN logits."
-        check_batch(x, y)
-        if not len(x):
-            return x.clone()
-        noise = ImageNoise.draw(len(x), generator, x.device)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model, mode):
-            return self.perturb(model, x.detach().clone(), y.clone(), noise)
+        return self.guarded(self.perturb, model, x, y, generator, mode) if len(x) else x.clone()
 
 # %% ../../nbs/10_attacks/00_base.ipynb #c16
 def margin(logits: Tensor, y: Tensor) -> Tensor:
