@@ -106,7 +106,7 @@ def _apart(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     seen, apart = set(), {}
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
-            raise TypeError(f"build returned a {type(t).__name__} for {name!r}: tensors only, the rest is extra")
+            raise TypeError(f"build gave {type(t).__name__} for {name!r}: tensors only; the rest is extra")
         t = t.detach().cpu().contiguous()
         apart[name] = t.clone() if t.untyped_storage().data_ptr() in seen else t
         seen.add(t.untyped_storage().data_ptr())
@@ -173,7 +173,7 @@ class Store:
         self.root = Path(root) if root else runs_root() / "store"
 
     def key(self, kind: str, spec: dict, code: Sequence[str] = ()) -> str:
-        "The key of an artifact: SHA-256 over its kind, its description and the source of the modules in `code`."
+        "SHA-256 over an artifact's kind, its description and the source of the modules in `code`."
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", kind):
             raise ValueError(f"kind must be a plain lower-case word, got {kind!r}")
         return key_of([kind, spec, source_checksums([f"import {m}" for m in code])])
