@@ -100,8 +100,9 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int = 1, shortcut=projection):
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
         self.conv2, self.bn2 = conv(outputs, outputs), nn.BatchNorm2d(outputs)
-        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.relu2 = nn.ReLU()
         same = stride == 1 and inputs == outputs
         self.shortcut = nn.Identity() if same else shortcut(inputs, outputs, stride)
 
@@ -178,7 +179,7 @@ def _pair(width: int) -> nn.Module:
 
 
 def resnet9_dawn(classes: int = 10, channels: int = 3, size: int = 32) -> nn.Module:
-    "DAWNBench's ResNet-9 (Page 2018): 64-128-256-512 maps, two residual pairs, logits / 8; 6.57 million weights."
+    "DAWNBench's ResNet-9 (Page 2018): 64-128-256-512 maps, two residual pairs; 6.57 million weights."
     _side(size, 8, "resnet9_dawn")
     return he_init(named(
         prep=_conv_bn_relu(channels, 64),
@@ -215,7 +216,7 @@ def resnet50_cifar(classes: int = 10, channels: int = 3, size: int = 32) -> nn.M
 
 # %% ../nbs/00_core/02a_networks.ipynb #c24
 class WideBlock(nn.Module):
-    "Pre-activation block: BN, ReLU, 3x3, BN, ReLU, dropout, 3x3; if sizes change, a 1x1 shortcut from the first ReLU."
+    "BN, ReLU, 3x3, BN, ReLU, dropout, 3x3; if sizes change, a 1x1 shortcut that starts at the first ReLU."
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, dropout: float = 0.0):
         super().__init__()
