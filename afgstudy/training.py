@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Dataset, crop_flip, load
-from .defence import correct
+from .defence import correct, in_mode
 from .device import default_device, generator_for, seed_for
-from .models import create, in_mode
+from .models import create
 
 # %% ../nbs/00_core/04_training.ipynb #c05
 class Loss(NamedTuple):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..defence import in_mode
+
 # %% ../../nbs/10_attacks/00_base.ipynb #c04
 Model = Callable[[Tensor], Tensor]  # images [B, C, H, W] in [0, 1] -> logits [B, K]
 
@@ -25,22 +27,15 @@ def frozen(
     mode: str = "eval",  # "eval", or "train": batch statistics, running statistics restored afterwards
 ) -> Iterator[Model]:
     "Freeze the parameters of `model` and put it in `mode`; on exit everything is as it was."
-    if mode not in ("eval", "train"):
-        raise ValueError(f"mode must be 'eval' or 'train', got {mode!r}")
-    if not isinstance(model, nn.Module):
-        yield model
-        return
-    modes = [(m, m.training) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.clone()) for b in model.buffers()] if mode == "train" else []
+    module = isinstance(model, nn.Module)
+    flags = [(p, p.requires_grad) for p in model.parameters()] if module else []
+    buffers = [(b, b.clone()) for b in model.buffers()] if module and mode == "train" else []
     try:
-        model.train(mode == "train")
         for p, _ in flags:
             p.requires_grad_(False)
-        yield model
+        with in_mode(model, mode):
+            yield model
     finally:
-        for m, training in modes:
-            m.training = training
         for p, flag in flags:
             p.requires_grad_(flag)
         for b, before in buffers:

@@ -1,0 +1,50 @@
+# The commands of this study. They need Python 3.11 to 3.13, make and a package index, and set up the rest themselves.
+#
+#   make study   install, run every experiment on the embedded data, write the report
+#   make test    install, run every library notebook and all tests
+#   make docs    build the site into _docs/html
+#   make data    download the real sets that can be downloaded without an account
+#   make lab     open JupyterLab on the notebooks
+#   make clean   remove what was built; the environment, the runs and the data stay
+
+PYTHON ?= python3
+JOBS   ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1))")
+PRESET ?= smoke
+
+BIN := .venv/bin
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := study
+.PHONY: study test docs data lab setup clean
+
+study: setup
+	@$(BIN)/afgstudy run --all --preset $(PRESET) --jobs $(JOBS)
+	@$(BIN)/afgstudy report --preset $(PRESET)
+
+test: setup
+	$(ONE_THREAD) $(BIN)/nbdev_test --skip_folder_re '^[_.]|experiments|benchmarks' --n_workers $(JOBS) --do_print
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+docs: setup
+	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -q -b html docs _docs/html
+	@echo "$(CURDIR)/_docs/html/index.html"
+
+data: setup
+	$(BIN)/afgstudy data get mnist cifar10 svhn
+
+lab: setup
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+setup: .venv/installed
+
+.venv/installed: settings.ini environment.yml setup.py
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" || \
+	  { echo "Python 3.11 to 3.13 is needed, this is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@sed -n 's/^ *- \([A-Za-z0-9_.-]*==.*\)/\1/p' environment.yml > .venv/constraints.txt
+	@echo "Installing into .venv (about 6 GB the first time, most of it torch's CUDA libraries)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e ".[dev]"
+	@touch $@

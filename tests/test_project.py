@@ -1,0 +1,162 @@
+"""The promises of the repository itself: notebooks and package agree, dependencies agree, the wheel works alone."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+BIN = Path(sys.executable).parent
+
+
+def settings(project):
+    parser = ConfigParser(delimiters=["="])
+    parser.read(project / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def pins(project) -> dict[str, str]:
+    "name -> version, from the pip section of environment.yml"
+    environment = yaml.safe_load((project / "environment.yml").read_text())
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    exact = [line.split("==") for line in pip if not line.startswith("-e")]
+    return {canonicalize_name(name): version for name, version in exact}
+
+
+@pytest.fixture(scope="module")
+def copy(project, tmp_path_factory) -> Path:
+    "A copy of what nbdev reads and writes."
+    target = tmp_path_factory.mktemp("project") / "p"
+    ignore = shutil.ignore_patterns(".*", "__pycache__")
+    for folder in ("nbs", "afgstudy"):
+        shutil.copytree(project / folder, target / folder, ignore=ignore)
+    for name in ("settings.ini", "pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(project / name, target / name)
+    return target
+
+
+def contents(folder: Path, pattern: str) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob(pattern)) if "__pycache__" not in p.parts}
+
+
+def test_package_is_what_the_notebooks_export(copy, project):
+    shutil.rmtree(copy / "afgstudy")
+    (copy / "afgstudy").mkdir()
+    shutil.copy(project / "afgstudy" / "__init__.py", copy / "afgstudy" / "__init__.py")
+    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True, timeout=120)
+    ours, exported = contents(project / "afgstudy", "*.py"), contents(copy / "afgstudy", "*.py")
+    assert sorted(exported) == sorted(ours), "run nbdev_export"
+    assert [name for name in ours if ours[name] != exported[name]] == [], "run nbdev_export"
+
+
+def test_notebooks_are_clean(copy, project):
+    subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True, timeout=120)
+    before, after = contents(project / "nbs", "*.ipynb"), contents(copy / "nbs", "*.ipynb")
+    assert [name for name in after if before[name] != after[name]] == [], "run nbdev_clean"
+
+
+def notebooks(project, folder=""):
+    return [p for p in sorted((project / "nbs" / folder).rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+
+
+def test_every_experiment_keeps_its_parameters_tag(project):
+    parameterised = notebooks(project, "experiments") + notebooks(project, "benchmarks")
+    assert parameterised
+    for path in parameterised:
+        tags = [c["metadata"].get("tags", []) for c in json.loads(path.read_text())["cells"]]
+        assert sum("parameters" in t for t in tags) == 1, f"{path.name} needs one cell tagged 'parameters'"
+
+
+def test_library_notebooks_are_committed_executed_and_light(project):
+    for path in notebooks(project):
+        if {"experiments", "benchmarks"} & set(path.parts):
+            continue
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        assert path.stat().st_size < 1_500_000, f"{path.name} is {path.stat().st_size} bytes"
+        errors = [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
+        assert not errors, f"{path.name} was committed with an error in it"
+
+
+def test_nothing_names_the_machine_it_was_made_on(project):
+    listing = subprocess.run(["git", "ls-files"], cwd=project, capture_output=True, text=True)
+    files = listing.stdout.split() if listing.returncode == 0 else []
+    marks = re.compile(r"/home/\w|/root/|/tmp/\w|/work/|/Users/\w")
+    for name in files:
+        path = project / name
+        if path.suffix in {".ipynb", ".json", ".md", ".py", ".yaml", ".yml", ".ini", ".svg"} and name != "tests/test_project.py":
+            found = marks.search(path.read_text())
+            assert not found, f"{name}: {found.group(0)!r}"
+
+
+def test_environment_pins_satisfy_settings(project):
+    cfg, exact = settings(project), pins(project)
+    for requirement in map(Requirement, (cfg["requirements"] + " " + cfg["dev_requirements"]).split()):
+        name = canonicalize_name(requirement.name)
+        assert name in exact, f"{requirement.name} is in settings.ini but has no pin in environment.yml"
+        assert exact[name] in requirement.specifier, f"{name}=={exact[name]} does not satisfy {requirement}"
+    assert "+cpu" not in exact["torch"]
+
+
+def test_installed_versions_are_the_pinned_ones(project):
+    from importlib.metadata import version
+
+    cfg, exact = settings(project), pins(project)
+    for requirement in map(Requirement, cfg["requirements"].split()):
+        name = canonicalize_name(requirement.name)
+        assert version(name).split("+")[0] == exact[name], f"{name} {version(name)} is installed, {exact[name]} is pinned"
+
+
+def test_readme_is_the_index_notebook(project, tmp_path):
+    made = subprocess.run(
+        [sys.executable, project / "docs" / "readme.py", "--check"], cwd=project, capture_output=True, text=True, timeout=120
+    )
+    assert made.returncode == 0, made.stderr or made.stdout
+
+
+def test_every_command_of_the_readme_is_a_make_target(project):
+    targets = set(re.findall(r"^(\w+):", (project / "Makefile").read_text(), flags=re.M))
+    named = set(re.findall(r"`?make (\w+)", (project / "README.md").read_text()))
+    assert {"study", "test"} <= named <= targets
+
+
+def test_wheel_works_outside_the_checkout(project, tmp_path):
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".*", "runs", "data", "nbs", "_docs", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(project, source, ignore=ignore)
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source]
+    made = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (wheel,) = tmp_path.glob("afgstudy-*.whl")
+    # an environment of its own that holds the wheel and borrows only third-party packages
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=120)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    import numpy
+
+    unpack = [sys.executable, "-m", "zipfile", "-e", wheel, site]
+    subprocess.run(unpack, check=True, timeout=60)
+    third_party = Path(numpy.__file__).parents[1]
+    (Path(site) / "third_party.pth").write_text(str(third_party))
+    program = (
+        "import sys; sys.path = [p for p in sys.path if not p.startswith('__editable__')]\n"
+        "import torch, afgstudy\n"
+        "from afgstudy.attacks import PGD\n"
+        "from afgstudy.data import load\n"
+        "from afgstudy.models import create\n"
+        "data = load('digits', 'test', n=4)\n"
+        "model = create('lenet5', channels=1, size=28, seed=0)\n"
+        "out = PGD(eps=0.1)(model, data.images(), data.y)\n"
+        "print(afgstudy.__file__, tuple(out.shape))\n"
+    )
+    ran = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert str(tmp_path) in ran.stdout and "(4, 1, 28, 28)" in ran.stdout
