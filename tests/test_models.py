@@ -619,7 +619,7 @@ def test_passes_that_never_reach_the_logits(lenet):
 
 
 def test_passes_need_a_module_and_may_be_nested(lenet):
-    with pytest.raises(TypeError, match=r"needs an nn\.Module, got function"), models.count_passes(lambda x: x):
+    with pytest.raises(TypeError, match=r"needs an .*Module, got function"), models.count_passes(lambda x: x):
         pass
     with models.count_passes(lenet) as outer:
         lenet(images(1, 28, 2))
