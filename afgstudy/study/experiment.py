@@ -15,9 +15,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ import yaml
 from afgstudy.study.keys import (
     canonical,
     code_revision,
+    nearest,
     package_versions,
     project_root,
     runs_root,
@@ -40,13 +40,6 @@ if TYPE_CHECKING:
 PUBLISHED_COLUMNS = ["table", "dataset", "method", "attack", "metric", "value", "unit", "source"]
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    "A hint for an error message: the nearest of the names there are, or all of them."
-    names = sorted(map(str, names))
-    close = get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names) or 'none'}"
-
-
 def published(
     paper: str,  # the paper's short name: "aalp"
     table: str | int | None = None,  # the table or figure; None: everything of the paper
@@ -56,7 +49,7 @@ def published(
     folder = Path(folder or project_root() / "data" / "published")
     files = {f.stem: f for suffix in ("json", "yaml", "csv") for f in folder.glob(f"*.{suffix}")}
     if paper not in files:
-        hint = _nearest(paper, files) if files else "run inside a checkout of the project, which ships them"
+        hint = nearest(paper, files) if files else "run inside a checkout of the project, which ships them"
         raise FileNotFoundError(f"no published numbers of {paper!r} in {folder}: {hint}")
     if files[paper].suffix == ".csv":
         frame = pd.read_csv(files[paper], comment="#", dtype={"table": str}, skipinitialspace=True)
@@ -66,7 +59,7 @@ def published(
         raise ValueError(f"{files[paper].name} lacks the columns {', '.join(missing)}")
     frame = frame[PUBLISHED_COLUMNS].astype({"table": str})
     if table is not None and str(table) not in set(frame.table):
-        raise KeyError(f"{files[paper].name} has no table {table!r}: {_nearest(table, set(frame.table))}")
+        raise KeyError(f"{files[paper].name} has no table {table!r}: {nearest(table, set(frame.table))}")
     return frame if table is None else frame[frame.table == str(table)].reset_index(drop=True)
 
 # %% ../../nbs/60_study/01_experiment.ipynb #c06
