@@ -134,6 +134,8 @@ def _shrink(name: str, network: nn.Module, size: int, classes: int) -> nn.Module
         return network
     if name.startswith("vgg"):
         network.avgpool, network.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, classes)
+        for pool in (m for m in network.modules() if isinstance(m, nn.MaxPool2d)):
+            pool.ceil_mode = True  # so that 28 pixels survive five halvings; nothing changes at 32 or 64
         return network
     for family, (first, pool, padded) in _STEMS.items():
         if re.match(family, name):
@@ -194,11 +196,14 @@ class WeightsError(ValueError):
     "A weights file that cannot be read or does not fit the network."
 
 
+_SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
 def find_weights(
     weights: str | Path,  # the name of a file in `AFGSTUDY_WEIGHTS`, or a path
 ) -> Path:  # the file
     "The file that holds `weights`; raises `MissingWeights` that says where it looked and what is there."
-    if Path(weights).suffix in (".safetensors", ".pt", ".pth"):
+    if Path(weights).suffix in _SUFFIXES:
         path, where = Path(weights).expanduser(), f"{Path(weights).expanduser().parent}"
     elif root := os.environ.get("AFGSTUDY_WEIGHTS"):
         path, where = Path(root).expanduser() / f"{weights}.safetensors", f"{root} (AFGSTUDY_WEIGHTS)"
@@ -211,8 +216,8 @@ def find_weights(
         return path
     if not path.parent.is_dir():
         raise MissingWeights(f"no weights {str(weights)!r}: there is no folder {where}")
-    there = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
-    raise MissingWeights(f"no {path.name} in {where}: {_near(path.name, there)}")
+    there = sorted(p.name for p in path.parent.iterdir() if p.suffix in _SUFFIXES)
+    raise MissingWeights(f"no {path.name} in {where}, which holds {', '.join(there) or 'no weights'}")
 
 # %% ../nbs/00_core/02_models.ipynb #c20
 @dataclass(frozen=True)
@@ -239,7 +244,7 @@ KNOWN = {
 def _default_weights(name: str):
     "torchvision's default weights for `name`."
     if name not in _theirs():
-        raise ValueError(f"torchvision has no weights for {name!r}: name a file in AFGSTUDY_WEIGHTS or a path")
+        raise ValueError(f"torchvision has no weights for {name!r}: name a file or give a path")
     return torchvision.models.get_model_weights(name).DEFAULT
 
 
@@ -247,10 +252,11 @@ def about_weights(weights: str | Path, name: str | None = None) -> About:
     "What `weights` imply (empty where nothing says so); `name` is the network `\"default\"` is asked for."
     if weights == "default":
         enum = _default_weights(name)
-        size, mean, std = enum.transforms().crop_size[0], IMAGENET_MEAN, IMAGENET_STD
+        preset = enum.transforms()
+        mean, std = preset.mean, preset.std
         if name in ("googlenet", "inception_v3"):
             mean = std = 0.5
-        return About(name, len(enum.meta["categories"]), 3, size, mean, std)
+        return About(name, len(enum.meta["categories"]), 3, preset.crop_size[0], mean, std)
     path = find_weights(weights)
     if path.suffix == ".safetensors" and path.stem not in KNOWN:
         header = json.loads(_read_header(path).get("afgstudy", "{}"))
@@ -348,8 +354,9 @@ def load_weights(
     weights: str | Path,  # "default" (torchvision's), a name in `AFGSTUDY_WEIGHTS`, or a path
     with_head: bool = True,  # False leaves the layer that makes the logits as it is
 ) -> nn.Module:  # the same model
-    "`model` with `weights`, and with the normalisation they imply. Raises `MissingWeights` or `WeightsError`."
-    network, name = _bare(model), getattr(model, "config", {}).get("name")
+    "`model` with `weights` and the normalisation they imply; raises `MissingWeights` or `WeightsError`."
+    whole, network = getattr(model, "_orig_mod", model), _bare(model)
+    name = whole.config.get("name") if isinstance(whole, Classifier) else None
     about = about_weights(weights, name)
     state = _download(name) if weights == "default" else _read(find_weights(weights))
     mean, std = state.pop("normalise.mean", about.mean), state.pop("normalise.std", about.std)
@@ -364,9 +371,9 @@ def load_weights(
     if problems := _problems(own, state):
         raise WeightsError(f"the weights {str(weights)!r} do not fit {_title(model)}: {'; '.join(problems)}")
     network.load_state_dict(state, strict=False)
-    if mean is not None and isinstance(model, Classifier):
-        needed = Normalise(_floats(mean), _floats(std), model.normalise.mean.shape[1])
-        model.normalise.load_state_dict(needed.state_dict())
+    if mean is not None and isinstance(whole, Classifier):
+        needed = Normalise(_floats(mean), _floats(std), whole.normalise.mean.shape[1])
+        whole.normalise.load_state_dict(needed.state_dict())
     return model
 
 
@@ -442,7 +449,7 @@ def create(
     seed: int | None = None,  # of the initialisation; None: torch's global generator
     **options,  # the network's own: `dropout`, `width`, `batch_norm`, whatever torchvision's takes
 ) -> Classifier:  # images [B, C, H, W] in [0, 1] -> logits [B, classes]
-    "The network `name` with its normalisation: in eval mode if it has weights, else in train mode."
+    "The network `name` with its normalisation, on the CPU; in eval mode if it has weights, else in train."
     _check_name(name)
     about = About() if weights is None else about_weights(weights, name)
     if about.network not in (None, name):
@@ -450,7 +457,8 @@ def create(
     classes, channels = classes or about.classes or 10, channels or about.channels or 3
     size, options = size or about.size or 32, {**about.options, **options}
     first = Normalise(0.0 if mean is None else mean, 1.0 if std is None else std, channels)
-    with _seeded(seed):
+    place = "meta" if torch.get_default_device().type == "meta" else "cpu"  # whatever the default
+    with _seeded(seed), torch.device(place):
         try:
             network = _build(name, classes, channels, size, **options)
             _dry_run(network, channels, size, classes)
@@ -542,7 +550,7 @@ def penultimate(model: nn.Module) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
         raise ValueError(
             f"{_title(model)} has no linear layer before its logits: it ends in {name!r}, "
-            f"a {'x'.join(map(str, layer.kernel_size))} convolution, and pooling. Networks with a linear head: "
+            f"a {'x'.join(map(str, layer.kernel_size))} convolution, and pooling. Some with a linear head: "
             "lenet5, pooled_cnn, resnet32, vgg16, ..."
         )
     return layer
@@ -569,7 +577,7 @@ def _copies(gradient: Tensor) -> int:
 def count_passes(
     model: nn.Module,  # calls of this module are counted, calls of its parts are not
 ) -> Iterator[Passes]:
-    "Counts the images that go through `model` while the context lasts; changes no number."
+    "Counts the images that go through `model` (the very object that is called) and changes no number."
     if not isinstance(model, nn.Module):
         raise TypeError(f"count_passes needs an nn.Module, got {type(model).__name__}")
     passes, active = Passes(), True

@@ -130,6 +130,8 @@ class GradientAttack(Attack):
         check_radius("eps", self.eps, self.norm)
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)}, got {self.loss!r}")
+        if self.targeted and self.loss == "dlr":
+            raise ValueError("the DLR loss of a target needs the true class too: use loss='margin' for targeted attacks")
         if (steps := getattr(self, "steps", 1)) < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if (step_size := getattr(self, "step_size", None)) is not None:
