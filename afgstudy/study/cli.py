@@ -218,8 +218,10 @@ def _dry_run(planned: list, jobs: int) -> int:
             lines.append(("done", job.experiment, job.preset, f"finished {_day(state.finished)} UTC"))
     _table(lines)
     total = max([sum(seconds) / jobs, *seconds], default=0)
-    more = f", and {unknown} of unknown length" if unknown else ""
-    click.echo(f"{len(seconds)} to run: about {seconds_text(total)}{more}" if seconds else "nothing to run")
+    known = [f"about {seconds_text(total)}"] * (unknown < len(seconds)) + [f"{unknown} of unknown length"] * (
+        unknown > 0
+    )
+    click.echo(f"{len(seconds)} to run: {', '.join(known)}" if seconds else "nothing to run")
     return int(any(j.problem for j in planned))
 
 # %% ../../nbs/60_study/04_cli.ipynb #c11
