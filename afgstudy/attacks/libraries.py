@@ -148,6 +148,8 @@ class AutoAttack(Attack):
 
     def run(self, model: Model, x: Tensor, y: Tensor, noise: ImageNoise) -> Evaluation:
         "One evaluation on a frozen model; the seed is that of the first image."
+        if not len(x):
+            return Evaluation(x, torch.ones_like(y, dtype=torch.bool), {})
         pipeline, ear = Pipeline(model, x.dtype), _Ear(self.verbose)
         seed, trace = int(noise.seeds[0]), sys.gettrace()
         with seeded(seed):
@@ -160,7 +162,7 @@ class AutoAttack(Attack):
         changed = (found != x.float()).flatten(1).any(1)
         x_adv = torch.where(changed[:, None, None, None], found.to(x.dtype), x)
         for text in ear.flags:
-            warnings.warn(f"AutoAttack: {text}", AutoAttackWarning, stacklevel=2)
+            warnings.warn(f"AutoAttack: {text}", AutoAttackWarning, stacklevel=4)
         left = {part: ear.accuracy.get(part, 0.0) for part in ("clean", *adversary.attacks_to_run)}
         return Evaluation(x_adv, answer == y, left, tuple(ear.flags))
 

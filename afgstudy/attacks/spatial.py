@@ -46,8 +46,8 @@ class SpatialTransform(Attack):
     steps: int = 100  # gradient steps of a search
     step_size: float = 0.5  # first step, pixels (root mean square over the flow); the last is a fiftieth of it
     kappa: float = 0.0  # margin, in logits, by which the model has to err
-    searches: int = 5  # values of tau tried, bisected for each image on its own
-    patience: int = 20  # steps without a smoother fooling flow after which an image is done
+    searches: int = 3  # values of tau tried, bisected for each image on its own
+    patience: int = 40  # steps without a smoother fooling flow after which an image is done
     targeted: bool = False  # y is the class to reach
 
     def __post_init__(self):
@@ -144,7 +144,7 @@ def search(attack: SpatialTransform, model: Model, x: Tensor, y: Tensor) -> tupl
     for _ in range(attack.searches - 1):
         works = torch.where(variation.isfinite(), torch.maximum(works, tau), works)
         fails = torch.where(variation.isfinite(), fails, torch.minimum(fails, tau))
-        tau = torch.where(fails.isinf(), 10 * tau, torch.where(works == 0, tau / 10, (works * fails).sqrt()))
+        tau = torch.where(fails.isinf(), 4 * tau, torch.where(works == 0, tau / 4, (works * fails).sqrt()))
         bent, flow, variation = bend(attack, model, x, y, tau)
         better = variation < smoothest
         image, field = (torch.where(better[:, None, None, None], a, b) for a, b in ((bent, image), (flow, field)))
