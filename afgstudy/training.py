@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -254,13 +254,14 @@ def state_digest(model: nn.Module) -> str:
 
 
 def describe(settings: object) -> object:
-    "A dataclass as a JSON-able dictionary with its class name; anything else as its `repr`."
+    "A dataclass as a JSON-able dictionary with its class name, and so on inwards; anything else as its `repr`."
     if settings is None or isinstance(settings, (str, int, float)):
         return settings
-    try:
-        return {"class": type(settings).__name__, **asdict(settings)}
-    except TypeError:
-        return repr(settings)
+    if isinstance(settings, (list, tuple)):
+        return [describe(s) for s in settings]
+    if is_dataclass(settings):
+        return {"class": type(settings).__name__} | {f.name: describe(getattr(settings, f.name)) for f in fields(settings)}
+    return repr(settings)
 
 
 def training_spec(model: nn.Module, data: Dataset, objective: Objective, attack, recipe: Recipe, validation) -> dict:
