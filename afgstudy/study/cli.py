@@ -8,7 +8,7 @@ __all__ = ['main', 'list_', 'status', 'run', 'report', 'publish', 'data', 'data_
 
 # %% ../../nbs/60_study/04_cli.ipynb #c02
 import signal
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -21,10 +21,12 @@ from .keys import StudyError
 class _Group(click.Group):
     "A group of commands whose users' mistakes are one line."
 
+    mistakes: tuple[type[Exception], ...] = (StudyError, OSError)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (StudyError, OSError) as e:
+        except self.mistakes as e:
             raise click.ClickException(str(e)) from None
 
 
@@ -255,7 +257,13 @@ def publish(experiment: str, preset: str) -> None:
     click.echo(folder)
 
 # %% ../../nbs/60_study/04_cli.ipynb #c13
-@main.group(cls=_Group)
+class _DataGroup(_Group):
+    "Here also what `afgstudy.data` raises: an unknown set, a damaged one, a download that failed."
+
+    mistakes = (StudyError, OSError, RuntimeError, ValueError, KeyError)
+
+
+@main.group(cls=_DataGroup)
 def data() -> None:
     "The datasets: which there are, getting and checking them."
 
@@ -265,7 +273,8 @@ def data_list() -> None:
     "The datasets, and which of them are here."
     from afgstudy import data as sets
 
-    _print(sets.listing())
+    table = sets.listing()
+    click.echo((table.reset_index() if table.index.name else table).to_string(index=False))
 
 
 @data.command("get")
@@ -274,29 +283,26 @@ def data_get(names: tuple[str, ...]) -> None:
     "Download datasets: the only way this project ever does."
     from afgstudy import data as sets
 
-    for name in names:
-        _print(sets.get(name), f"{name}: here")
+    _all_whole(sets.get(name) for name in names)
 
 
 @data.command("check")
 @click.argument("names", nargs=-1, required=True)
 def data_check(names: tuple[str, ...]) -> None:
-    "Read datasets through and say whether they are whole."
+    "Verify datasets: checksums, counts, whether their images open. Status 1 if one is not whole."
     from afgstudy import data as sets
 
-    for name in names:
-        _print(sets.check(name), f"{name}: whole")
+    _all_whole(sets.check(name) for name in names)
 
 
-def _print(result: Any, otherwise: str = "") -> None:
-    "Print what a function of `afgstudy.data` returned: a table, lines or a text."
-    if hasattr(result, "to_string"):
-        click.echo(result.to_string(index=False))
-    elif isinstance(result, list | tuple):
-        for line in result:
-            click.echo(line)
-    else:
-        click.echo(otherwise if result is None else result)
+def _all_whole(reports: Iterable) -> None:
+    "Print the reports of `afgstudy.data` as they come; status 1 if a set is not whole."
+    whole = True
+    for found in reports:
+        click.echo(repr(found))
+        whole = whole and found.ok
+    if not whole:
+        raise SystemExit(1)
 
 
 @main.group(cls=_Group)

@@ -788,7 +788,7 @@ def progress_of(job: Job) -> str:
 class State:
     "How a job stands on disk."
 
-    name: str  # "done", "stale", "failed", "running", "never"
+    name: str  # "done", "stale", "failed", "running", "never", "blocked" (its data is missing)
     finished: str = ""  # when, in UTC
     seconds: float | None = None
     why: str = ""  # what changed, or what went wrong
@@ -816,11 +816,11 @@ def _changes(old: dict, new: dict) -> str:
 
 
 def state_of(job: Job) -> State:
-    "How a job stands: finished, out of date, failed, running or never run."
+    "How a job stands: finished, out of date, failed, running, never run, or blocked."
     if job.part.exists() and _is_locked(job):
         return State("running", why=progress_of(job))
     if job.problem:
-        return State("failed", why=job.problem)
+        return State("blocked", why=job.problem)
     if run := finished(job.folder):
         return State("done", run["finished"], run["seconds"])
     error = job.folder / "error.txt"
