@@ -30,7 +30,7 @@ import torchvision.datasets as tvd
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms.v2 import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
@@ -593,7 +593,7 @@ def _folder(path: Path, split: str, seed: int, held_out: float) -> tuple[Photogr
 
 # %% ../nbs/00_core/01_data.ipynb #c41
 def _opened(path: str, name: str = "", hasty: bool = False) -> Image.Image:
-    "A photograph of the set `name` as RGB (`hasty`: read whole, but small); raises DamagedDataset naming the file."
+    "A photograph of a set as RGB (`hasty`: read whole, kept small); raises DamagedDataset naming the file."
     try:
         with Image.open(path) as image:
             if hasty:
@@ -736,8 +736,13 @@ class _Decoder(torch.utils.data.Dataset):
         )
         self.flip = RandomHorizontalFlip()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, int]) -> "tuple[Tensor, Tensor] | DamagedDataset":
+        try:
+            return self.decoded(*key)
+        except DamagedDataset as e:  # raised in the main process, without the worker's traceback
+            return e
+
+    def decoded(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
         if self.crop is None:
             return square(self.files[index], self.size, self.resize, self.name), self.y[index]
         with torch.random.fork_rng(devices=[]):
@@ -745,6 +750,11 @@ class _Decoder(torch.utils.data.Dataset):
             return TF.pil_to_tensor(self.flip(self.crop(_opened(self.files[index], self.name)))), self.y[
                 index
             ]
+
+
+def _collate(items: list) -> "list[Tensor] | DamagedDataset":
+    "A batch, or what is wrong with it."
+    return next((item for item in items if isinstance(item, DamagedDataset)), None) or default_collate(items)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -803,15 +813,17 @@ class Stream:
             batch_size=batch_size,
             sampler=keys,
             num_workers=self.workers,
+            collate_fn=_collate,
             generator=torch.Generator(),  # otherwise the workers' seeds would come from the global one
             pin_memory=self.device.type == "cuda",
         )
         return self._batches(loader, generator, augment)
 
     def _batches(self, loader, generator, augment):
-        for x, y in loader:
-            x = x.to(self.device, non_blocking=True)
-            y = y.to(self.device, non_blocking=True)
+        for batch in loader:
+            if isinstance(batch, DamagedDataset):
+                raise batch
+            x, y = (part.to(self.device, non_blocking=True) for part in batch)
             yield _in_unit_range(x if augment is None else augment(x, generator)), y
 
 
