@@ -7,6 +7,7 @@ __all__ = ['main', 'list_', 'status', 'run', 'report', 'publish', 'data', 'data_
            'store_ls', 'store_rm']
 
 # %% ../../nbs/60_study/04_cli.ipynb #c02
+import re
 import signal
 from collections.abc import Iterable
 from typing import Any
@@ -319,7 +320,7 @@ def store_ls() -> None:
     found = Store().ls()
     lines = []
     for a in found:
-        spec = ", ".join(f"{k}={_short(v)}" for k, v in a.manifest["spec"].items())
+        spec = ", ".join(f"{k}={s}" for k, v in a.manifest["spec"].items() if (s := _short(v)))
         made = _day(a.manifest["created"])
         lines.append(
             (a.kind, a.key[:12], _size(a.bytes), made, seconds_text(a.manifest["seconds"]), spec[:100])
@@ -357,7 +358,7 @@ def _size(count: float) -> str:
 
 
 def _short(value: Any) -> str:
-    "A value of a description, cut to what fits a line: a dataclass by its name, a checksum by its beginning."
+    "A value of a description as it fits a line: a dataclass by its name; nothing for checksums and the like."
     if isinstance(value, dict):
-        return str(value.get("type") or value.get("checksum", "{…}"))[:12]
-    return str(value)[:24]
+        return str(next((value[k] for k in ("type", "class", "name") if k in value), ""))
+    return "" if value is None or re.fullmatch(r"[0-9a-f]{32,}", str(value)) else str(value)[:24]

@@ -595,6 +595,7 @@ def _run_locked(job: Job, start: float) -> tuple[str, str]:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         write_whole(job.part / "job.json", json.dumps(facts, indent=1))
+        (job.part / ".jupyter" / "ipython").mkdir(parents=True)
         state, message = _attend(job)
         shutil.rmtree(job.part / ".jupyter", ignore_errors=True)
         if state == "interrupted":
