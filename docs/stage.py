@@ -101,7 +101,7 @@ def change_markdown(notebook: NotebookNode, change: Callable[[str], str]) -> Non
 
 TOKENS = re.compile(
     r"(?P<fence>^(?P<ticks>`{3,}|~{3,}).*?^(?P=ticks)[ \t]*$)"
-    r"|(?P<heading>^#{1,6} .*$)"
+    r"|(?P<heading>^#{1,6} [^\n]*$)"
     r"|(?P<math>\$\$.*?\$\$|\$[^$\n]+\$)"
     r"|(?P<link>!?\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^()\s]+)(?:\s+\"[^\"]*\")?\))"
     r"|(?P<code>`+[^`\n]+`+)",
