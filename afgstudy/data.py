@@ -833,8 +833,7 @@ def stream(
     device: torch.device | str | None = None,
     validation: float = 0.1,
     balanced: bool = False,
-    crop: tuple[float, float]
-    | None = None,  # (0.08, 1.0) is ImageNet's training crop; None: always the centre
+    crop: tuple[float, float] | None = None,  # areas of random crops, ImageNet: (0.08, 1); None: the centre
     workers: int = 2,
     **options,  # resize, level, held_out
 ) -> Stream:
