@@ -104,5 +104,7 @@ class DeepFool(Attack):
             if look and done.any():
                 result[here] = at
                 here, x, y, at, r, classes, done = _keep(~done, here, x, y, at, r, classes, done)
+        if not look:
+            check_logits(logits, y)
         result[here] = at
         return result

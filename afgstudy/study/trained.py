@@ -55,7 +55,17 @@ def trained(
     spec |= {"keep": keep, "network": network, "options": options, "code": code_of(objective, attack)}
 
     def build(scratch: Path):
-        result = fit(model, data, objective, attack, recipe, validation, scratch / "checkpoint.pt", keep, progress=progress)
+        result = fit(
+            model,
+            data,
+            objective,
+            attack,
+            recipe,
+            validation,
+            scratch / "checkpoint.pt",
+            keep,
+            progress=progress,
+        )
         return copy_state(model), {"history": result.history, "best_epoch": result.best_epoch}
 
     artifact = (store or Store()).get("model", spec, build)
