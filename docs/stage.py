@@ -65,9 +65,23 @@ def shown(notebook: NotebookNode) -> NotebookNode:
             tags.add("remove-input")
         if says.get("output") == "false" or "hide_output" in says:
             tags.add("remove-output")
-        cells.append(nbformat.from_dict({**old, "source": source, "metadata": {"tags": sorted(tags)}}))
+        cell = nbformat.from_dict({**old, "source": source, "metadata": {"tags": sorted(tags)}})
+        if cell.cell_type == "code":
+            cell.outputs = merged(cell.outputs)
+        cells.append(cell)
     metadata = {**notebook.metadata, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     return nbformat.from_dict({**notebook, "cells": cells, "metadata": metadata})
+
+
+def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    "The outputs with what was printed in several pieces put together."
+    whole: list[NotebookNode] = []
+    for output in outputs:
+        if whole and output.output_type == "stream" and whole[-1].get("name") == output.name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def heading(notebook: NotebookNode) -> tuple[str, str]:
@@ -224,11 +238,12 @@ class Site:
         "`Madry et al. 2018` and the like as a citation, where references.bib has it."
 
         def one(found: re.Match) -> str:
-            key = self.references.get((found[1], found[2]))
-            return f"{{cite:t}}`{key}`" if key else found[0]
+            key = self.references.get((found["author"], found["in_brackets"] or found["bare"]))
+            return f"{{cite:{'t' if found['in_brackets'] else 'alp'}}}`{key}`" if key else found[0]
 
-        author = r"\b([A-Z][\w-]+)(?: et al\.,?| and [A-Z][\w-]+)?"
-        return re.sub(author + r" \(?((?:19|20)\d\d)\b\)?", one, prose)
+        author = r"\b(?P<author>[A-Z][\w-]+)(?: et al\.,?| and [A-Z][\w-]+)? "
+        year = r"(?:19|20)\d\d"
+        return re.sub(author + rf"(?:\((?P<in_brackets>{year})\)|(?P<bare>{year})\b)", one, prose)
 
     def notebook(self, source: str, page: str, extra: Callable[[NotebookNode], None] | None = None) -> None:
         "Write the notebook `source` as `page`; `extra` may add cells of the site's own."
@@ -389,7 +404,8 @@ def facts(site: Site, result: Result, source: str) -> str:
     for _, path in links:
         site.shown_at.setdefault(path, f"files/{path}")
         site.write(f"files/{path}", (site.root / path).read_bytes())
-    where = " · ".join(f"[{text}]({relative(f'files/{path}', result.page)})" for text, path in links)
+    # as downloads: a plain link to a notebook would be one to its page
+    where = " · ".join(f"{{download}}`{text} <{relative(f'files/{path}', result.page)}>`" for text, path in links)
     return f":::{{admonition}} A committed run\n:class: note run\n{', '.join(parts)}.\n\n{where}\n:::"
 
 
