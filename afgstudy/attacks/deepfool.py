@@ -6,6 +6,7 @@
 __all__ = ['NUDGE', 'nearest_boundary', 'DeepFool']
 
 # %% ../../nbs/10_attacks/02_deepfool.ipynb #c02
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,22 +19,30 @@ from .gradient import SHRINK_EVERY, fooled, per_image
 def nearest_boundary(
     logits: Tensor,  # [B, K], computed from x with gradients on
     x: Tensor,  # [B, C, H, W]
-    classes: Tensor,  # [B, k]: the original class, then the classes to consider
+    classes: Tensor,  # [B, k + 1]: the original class, then the classes to consider
     norm: str,  # "l2" or "linf"
-) -> tuple[Tensor, Tensor]:  # distance [B], unit step towards the boundary [B, C, H, W]
+    last: Tensor | None = None,  # [B, k] dual norms of the gradients when last computed; None: never
+    growth: float = math.inf,  # how much a gradient may have grown since
+) -> tuple[Tensor, Tensor, Tensor]:  # distance [B], unit step towards the boundary [B, C, H, W], dual norms [B, k]
     "Distance and direction of the nearest boundary of the linearised model."
     f = logits.gather(1, classes)
     gap = f[:, 1:] - f[:, :1]
-    distance, length = torch.full_like(gap[:, 0].detach(), torch.inf), torch.ones_like(gap[:, 0].detach())
-    w = torch.zeros_like(x)
-    for k in range(gap.shape[1]):
-        (w_k,) = torch.autograd.grad(gap[:, k].sum(), x, retain_graph=k + 1 < gap.shape[1])
+    size = gap.detach().abs()
+    last = torch.zeros_like(size) if last is None else last.clone()
+    least = torch.where(last > 0, size / (growth * last), 0.0)  # no boundary is nearer than this
+    distance, length, w = torch.full_like(size[:, 0], torch.inf), torch.ones_like(size[:, 0]), torch.zeros_like(x)
+    for k in least.argsort(dim=1, stable=True).split(1, dim=1):  # every image's own next class
+        needed = least.gather(1, k).squeeze(1) < distance
+        if not x.is_cuda and not needed.any():
+            break
+        (w_k,) = torch.autograd.grad(gap.gather(1, k).sum(), x, retain_graph=True)
         length_k = torch.linalg.vector_norm(w_k.flatten(1), ord=2 if norm == "l2" else 1, dim=1) + 1e-8
-        d_k = gap[:, k].detach().abs() / length_k
-        closer = d_k < distance
+        d_k = size.gather(1, k).squeeze(1) / length_k
+        closer = needed & (d_k < distance)
         distance, length = torch.where(closer, d_k, distance), torch.where(closer, length_k, length)
         w = torch.where(per_image(closer, w), w_k, w)
-    return distance, w.sign() if norm == "linf" else w / per_image(length, w)
+        last.scatter_(1, k, torch.where(needed, length_k, last.gather(1, k).squeeze(1))[:, None])
+    return distance, w.sign() if norm == "linf" else w / per_image(length, w), last
 
 # %% ../../nbs/10_attacks/02_deepfool.ipynb #c09
 NUDGE = 1e-4  # added to every step's length
@@ -58,6 +67,7 @@ class DeepFool(Attack):
     steps: int = 50  # at most so many linearisations
     candidates: int | None = 10  # consider the likeliest classes only, the image's own among them; None: all
     overshoot: float = 0.02  # go this much further than the boundary
+    growth: float = 4.0  # how much a gradient may grow between two looks at its class; math.inf: look at all in every step
 
     def __post_init__(self):
         if self.norm not in ("linf", "l2"):
@@ -67,6 +77,8 @@ class DeepFool(Attack):
                 "steps must be at least 1, overshoot at least 0 and candidates at least 2 (or None), got "
                 f"steps={self.steps}, overshoot={self.overshoot}, candidates={self.candidates}"
             )
+        if not self.growth >= 1:
+            raise ValueError(f"growth must be at least 1, got {self.growth}")
 
     @property
     def name(self) -> str:
@@ -89,21 +101,23 @@ class DeepFool(Attack):
             look = step % SHRINK_EVERY.get(x.device.type, 1) == 0
             if look:
                 check_logits(logits, y)
-            classes = self.rank(logits, y) if step == 0 else classes
+            if step == 0:
+                classes = self.rank(logits, y)
+                last = torch.zeros_like(classes[:, 1:], dtype=x.dtype)
             done = done | fooled(logits, y, targeted=False)
             if look and (n := int(done.sum())) and n * (classes.shape[1] - 1) >= len(y) - n:
                 result[here] = at
-                here, x, y, at, r, classes, done = _keep(~done, here, x, y, at, r, classes, done)
+                here, x, y, at, r, classes, last, done = _keep(~done, here, x, y, at, r, classes, last, done)
                 if not len(y):
                     return result
                 leaf, logits = _traced(model, at)
-            distance, direction = nearest_boundary(logits, leaf, classes, self.norm)
+            distance, direction, last = nearest_boundary(logits, leaf, classes, self.norm, last, self.growth)
             r = r + per_image(distance + NUDGE, x) * direction
             moved = (x + (1 + self.overshoot) * r).clamp(0, 1)
             at = torch.where(per_image(done, x), at, moved)
             if look and done.any():
                 result[here] = at
-                here, x, y, at, r, classes, done = _keep(~done, here, x, y, at, r, classes, done)
+                here, x, y, at, r, classes, last, done = _keep(~done, here, x, y, at, r, classes, last, done)
         if not look:
             check_logits(logits, y)
         result[here] = at
