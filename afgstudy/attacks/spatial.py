@@ -45,9 +45,7 @@ class SpatialTransform(Attack):
 
     tau: float = 0.05  # weight of the flow's variation, the paper's
     steps: int = 100  # gradient steps of a search
-    step_size: float = (
-        0.5  # first step, pixels (root mean square over the flow); the last is a fiftieth of it
-    )
+    step_size: float = 0.1  # first step, pixels (root mean square over the flow); it decays to a fiftieth
     kappa: float = 0.0  # margin, in logits, by which the model has to err
     searches: int = 3  # values of tau tried, bisected for each image on its own
     patience: int = 40  # steps without a smoother fooling flow after which an image is done
