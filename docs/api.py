@@ -1,4 +1,4 @@
-"""The reference of a module, as Markdown: nbdev's `show_doc` for every exported symbol, with a renderer of the site's own.
+"""The reference of a module as Markdown: nbdev's `show_doc` for every exported symbol, with a renderer of its own.
 
 Types and defaults are shown as the source has them: `8 / 255`, not 0.03137254901960784.
 """
@@ -80,7 +80,11 @@ def of_fields(cls: type) -> list[Parameter]:
                 )
         if tree:
             with_details(list(found.values()), base)
-    initial = {f.name for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else set(cls._fields)
+    initial = (
+        {f.name for f in dataclasses.fields(cls) if f.init}
+        if dataclasses.is_dataclass(cls)
+        else set(cls._fields)
+    )
     return [p for name, p in found.items() if name in initial]
 
 
@@ -199,7 +203,11 @@ def symbol(name: str, module: ModuleType, label: str, level: int = 2) -> str:
     head = f"({label})=\n"
     if type(sym).__module__.startswith("click"):
         return head + command(name, sym, level)
-    if not (inspect.isclass(sym) or inspect.isroutine(sym) or inspect.isfunction(inspect.unwrap(sym) if callable(sym) else sym)):
+    if not (
+        inspect.isclass(sym)
+        or inspect.isroutine(sym)
+        or inspect.isfunction(inspect.unwrap(sym) if callable(sym) else sym)
+    ):
         return head + f"{'#' * level} {name}\n\n```python\n{constant(name, module)}\n```"
     parts = [head + show_doc(sym, renderer=SiteRenderer, name=name, title_level=level)._repr_markdown_()]
     for member, value in members(sym) if inspect.isclass(sym) else []:
