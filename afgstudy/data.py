@@ -679,27 +679,17 @@ def load(
     if name == "shapes":
         n = (source.test if split == "test" else source.train) if n is None else n
         x, y = shapes.draw(n, size or source.size, seed=seed, split=split, **options)
-        return Dataset(name, split, x, y, shapes.CLASSES).to(device)
-    if name not in ARRAYS:
+        classes = shapes.CLASSES
+    elif name in ARRAYS:
+        x, y, classes = _read_arrays(name, split != "test", data_root(root))
+        index = _choose(y, split, n, seed, validation, classes, balanced)
+        x, y = x[index], y[index]
+        if size is not None and size != source.size:
+            x = TF.resize(x, [size, size], antialias=True)
+    else:
         photos = _chosen_photographs(name, split, n, seed, root, validation, balanced, options)
-        size = size or 224
-        if (needed := 3 * size * size * len(photos.files)) > IN_MEMORY:
-            raise ValueError(
-                f"{len(photos.files):,} images of {size} px are {needed / 2**30:.0f} GiB: "
-                f"ask for fewer with n=, or read them as you go with stream({name!r}, {split!r})"
-            )
-        x, y, classes = (
-            _decode(name, photos.files, size, _short_side(size, options)),
-            photos.y,
-            photos.classes,
-        )
-        return Dataset(name, split, x, y, classes).to(device)
-    x, y, classes = _read_arrays(name, split != "test", data_root(root))
-    index = _choose(y, split, n, seed, validation, classes, balanced)
-    x = x[index]
-    if size is not None and size != source.size:
-        x = TF.resize(x, [size, size], antialias=True)
-    return Dataset(name, split, x, y[index], classes).to(device)
+        x, y, classes = _developed(name, split, photos, size or 224, options), photos.y, photos.classes
+    return Dataset(name, split, x, y, classes).to(device)
 
 # %% ../nbs/00_core/01_data.ipynb #c44
 def _short_side(size: int, options: dict) -> int:
@@ -708,6 +698,16 @@ def _short_side(size: int, options: dict) -> int:
     if resize < size:
         raise ValueError(f"resize={resize} leaves too little for a crop of size={size}")
     return resize
+
+
+def _developed(name: str, split: str, photos: Photographs, size: int, options: dict) -> Tensor:
+    "The pixels of photographs, uint8 `[N, 3, size, size]`; refuses what would not fit in memory."
+    if (needed := 3 * size * size * len(photos.files)) > IN_MEMORY:
+        raise ValueError(
+            f"{len(photos.files):,} images of {size} px are {needed / 2**30:.0f} GiB: "
+            f"ask for fewer with n=, or read them as you go with stream({name!r}, {split!r})"
+        )
+    return _decode(name, photos.files, size, _short_side(size, options))
 
 
 def _chosen_photographs(name, split, n, seed, root, validation, balanced, options) -> Photographs:
@@ -729,11 +729,8 @@ class _Decoder(torch.utils.data.Dataset):
     def __init__(self, stream: "Stream", random: bool):
         self.name, self.files, self.y = stream.name, stream.files, stream.y
         self.size, self.resize = stream.size, stream.resize
-        self.crop = (
-            RandomResizedCrop(stream.size, scale=stream.crop, antialias=True)
-            if random and stream.crop
-            else None
-        )
+        cropped = random and stream.crop is not None
+        self.crop = RandomResizedCrop(stream.size, scale=stream.crop, antialias=True) if cropped else None
         self.flip = RandomHorizontalFlip()
 
     def __getitem__(self, key: tuple[int, int]) -> "tuple[Tensor, Tensor] | DamagedDataset":
@@ -747,9 +744,8 @@ class _Decoder(torch.utils.data.Dataset):
             return square(self.files[index], self.size, self.resize, self.name), self.y[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return TF.pil_to_tensor(self.flip(self.crop(_opened(self.files[index], self.name)))), self.y[
-                index
-            ]
+            image = self.flip(self.crop(_opened(self.files[index], self.name)))
+        return TF.pil_to_tensor(image), self.y[index]
 
 
 def _collate(items: list) -> "list[Tensor] | DamagedDataset":
@@ -837,8 +833,7 @@ def stream(
     device: torch.device | str | None = None,
     validation: float = 0.1,
     balanced: bool = False,
-    crop: tuple[float, float]
-    | None = None,  # (0.08, 1.0) is ImageNet's training crop; None: always the centre
+    crop: tuple[float, float] | None = None,  # areas of random crops, ImageNet: (0.08, 1); None: the centre
     workers: int = 2,
     **options,  # resize, level, held_out
 ) -> Stream:

@@ -1,6 +1,7 @@
 """A project in a temporary folder, with experiments that tests write: what the tests of the study share."""
 
 import json
+import os
 from pathlib import Path
 from textwrap import dedent
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from afgstudy.study.cli import main
 
+CHECKOUT = Path(__file__).parents[1]
 # Writes a record without importing torch, and a line to a file that counts executions.
 LIGHT = """
 import json, os
@@ -77,6 +79,11 @@ def sandbox(tmp_path, monkeypatch):
         "language": "python",
     }
     (kernel / "kernel.json").write_text(json.dumps(spec))
+    stubs = tmp_path / "stubs"  # an optional grammar of jsonschema costs every process 1.3 s
+    stubs.mkdir()
+    (stubs / "rfc3987_syntax.py").write_text("raise ImportError")
+    path = [str(stubs), str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     root = tmp_path / "project"
     root.mkdir()
     for name in (

@@ -838,10 +838,13 @@ def test_listing(root):
     [("mnist", 60_000, 10_000, (1, 28, 28)), ("cifar10", 50_000, 10_000, (3, 32, 32))],
 )
 def test_real_arrays(name, train, test, shape, real_data):
-    parts = [load(name, s, root=real_data, device="cpu") for s in data.SPLITS]
-    assert [len(p) for p in parts] == [train * 9 // 10, train // 10, test] and parts[0].shape == shape
-    assert data.check(name, root=real_data).ok and data.is_here(name, real_data)
-    fit, held = (np.array(list(p.counts().values())) / len(p) for p in parts[:2])
+    parts = [load(name, s, root=real_data, device="cpu") for s in ("train", "validation")]
+    assert [len(p) for p in parts] == [train * 9 // 10, train // 10] and parts[0].shape == shape
+    report = data.check(name, root=real_data)
+    found = report.table.set_index("what").found
+    assert found["train images"] == f"{train:,}" and found["test images"] == f"{test:,}"
+    assert report.ok and data.is_here(name, real_data)
+    fit, held = (np.array(list(p.counts().values())) / len(p) for p in parts)
     assert np.abs(fit - held).max() < 1e-3, (
         "the classes have the same shares in both parts of the training set"
     )

@@ -274,7 +274,7 @@ def test_papermill_by_hand_writes_to_the_by_hand_folder(sandbox):
     sandbox.preset("cpu", "toy/hand", "steps: 4\n")
     out = sandbox.root / "out.ipynb"
     command = ["nbs/experiments/toy/hand.ipynb", str(out), "-f", "nbs/experiments/presets/cpu/toy/hand.yaml"]
-    environment = {k: v for k, v in os.environ.items() if k != "JUPYTER_PATH"} | {"PYTHONPATH": str(CHECKOUT)}
+    environment = {k: v for k, v in os.environ.items() if k != "JUPYTER_PATH"}
     command = [sys.executable, "-m", "papermill", *command, "-p", "seed", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,14 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
 
@@ -54,7 +55,7 @@ def alive(pid: int) -> bool:
 def start(*arguments: str) -> subprocess.Popen:
     "`afgstudy ...` as a process of its own."
     code = "from afgstudy.study.cli import main; main(prog_name='afgstudy')"
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    environment = dict(os.environ)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, **pipes)
 
@@ -176,7 +177,8 @@ def test_a_worker_that_is_killed_is_a_failed_run(sandbox):
 def test_two_runners_of_the_same_run_do_it_once(sandbox):
     sandbox.write("toy", sandbox.LIGHT)
     [job] = runner.plan(["toy"])
-    outcomes = runner.execute([job, job], workers=2)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:  # any executor does
+        outcomes = runner.execute([job, job], executor=pool)
     assert sorted(o.state for o in outcomes) == ["done", "present"] and sandbox.executed() == 1
 
 

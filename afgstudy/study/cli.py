@@ -27,6 +27,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):  # click's own, which are RuntimeErrors
+            raise
         except self.mistakes as e:
             raise click.ClickException(str(e)) from None
 

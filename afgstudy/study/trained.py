@@ -38,9 +38,9 @@ class Trained(NamedTuple):
 def trained(
     network: str,  # a name in the registry of models
     data: Dataset,
-    objective: Objective = Standard(),  # noqa: B008
+    objective: Objective = Standard(),
     attack=None,  # the inner attack of adversarial objectives
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: Recipe = Recipe(),
     validation: Dataset | None = None,
     keep: str = "last",  # "best" on the validation split, or "last"
     store: Store | None = None,
