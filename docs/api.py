@@ -10,6 +10,7 @@ import re
 import textwrap
 from types import ModuleType
 
+import click
 from fastcore.docments import docments
 from nbdev.showdoc import show_doc
 
@@ -185,7 +186,6 @@ def constant(name: str, module: ModuleType, longest: int = 14) -> str:
 
 def command(name: str, sym: object, level: int) -> str:
     "A click command and its subcommands: what `--help` prints."
-    import click
 
     def helps(command: click.Command, path: str, parent: click.Context | None) -> list[str]:
         context = click.Context(command, info_name=path.split()[-1], parent=parent, max_content_width=WIDTH)
@@ -201,7 +201,7 @@ def symbol(name: str, module: ModuleType, label: str, level: int = 2) -> str:
     "One exported symbol with its public members; `label` is what links to it."
     sym = getattr(module, name)
     head = f"({label})=\n"
-    if type(sym).__module__.startswith("click"):
+    if isinstance(sym, click.Command):
         return head + command(name, sym, level)
     if not (
         inspect.isclass(sym)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
+import click
 import nbformat
 from nbformat import NotebookNode
 
@@ -318,6 +319,8 @@ def modules(site: Site, sources: list[str]) -> list[Module]:
         module = found[name] = Module(name, source, *heading(notebook))
         live = import_module(name)
         for symbol in getattr(live, "__all__", []):
+            if isinstance(getattr(live, symbol), click.Command) and symbol != "main":
+                continue  # the page of the command shows its subcommands
             home = getattr(getattr(live, symbol), "__module__", name)
             ours = home == name or not home.startswith("afgstudy.")
             (module.symbols if ours else module.elsewhere).append(symbol)
