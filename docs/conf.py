@@ -71,7 +71,9 @@ class RoundReferenceStyle(AuthorYearReferenceStyle):
         )
 
 
-sphinxcontrib.bibtex.plugin.register_plugin("sphinxcontrib.bibtex.style.referencing", "round", RoundReferenceStyle)
+sphinxcontrib.bibtex.plugin.register_plugin(
+    "sphinxcontrib.bibtex.style.referencing", "round", RoundReferenceStyle
+)
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "round"
 bibtex_default_style = "plain"
