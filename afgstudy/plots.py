@@ -61,7 +61,7 @@ def use_style() -> None:
             "savefig.dpi": 160,
             "savefig.bbox": "tight",
             "axes.titlesize": 11,
-            "axes.titleweight": "semibold",
+            "axes.titleweight": "bold",
             "axes.labelsize": 10,
             "axes.edgecolor": "0.3",
             "grid.color": "0.9",
@@ -126,7 +126,7 @@ def adversarial_panel(
         show_image(ax, 0.5 + delta / (2 * largest or 1), f"max {largest:.2g}", "0.4")
     for ax, label in zip(axes[:, 0], ("clean", "attacked", "difference"), strict=True):
         ax.text(-0.12, 0.5, label, transform=ax.transAxes, rotation=90, ha="right", va="center", fontsize=9)
-    fig.suptitle(title, fontsize=11, fontweight="semibold", y=1.02)
+    fig.suptitle(title, fontsize=11, fontweight="bold", y=1.02)
     fig.tight_layout(pad=0.3)
     return fig
 

@@ -7,7 +7,29 @@ __all__ = []
 
 # %% ../../nbs/10_attacks/index.ipynb #c02
 from .base import Attack
+from .carlini import CarliniWagner
+from .deepfool import DeepFool
 from .gradient import BIM, FGSM, MIFGSM, PGD
+from .hooks import BPDA, ExpectationOverTransformation
+from .libraries import DDN, AutoAttack
+from .pixel import PixelAttack
+from .spatial import SpatialTransform
+from .universal import UniversalPerturbation
 
 # %% ../../nbs/10_attacks/index.ipynb #c03
-__all__ = ["BIM", "FGSM", "MIFGSM", "PGD", "Attack"]
+__all__ = [
+    "BIM",
+    "BPDA",
+    "DDN",
+    "FGSM",
+    "MIFGSM",
+    "PGD",
+    "Attack",
+    "AutoAttack",
+    "CarliniWagner",
+    "DeepFool",
+    "ExpectationOverTransformation",
+    "PixelAttack",
+    "SpatialTransform",
+    "UniversalPerturbation",
+]

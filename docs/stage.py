@@ -1,0 +1,578 @@
+"""Lay out the pages of the site, for Sphinx to render: `python docs/stage.py [--to _docs/pages]`.
+
+The notebooks are the source of everything. Their directives (`#| export`) are taken out of the shown code, hidden cells
+are dropped, names and citations become links, and every link is checked: a link to nothing ends the build. Only files
+whose content changed are written, so a second build renders only what changed.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+
+import click
+import nbformat
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {
+    "00_core": "Core",
+    "10_attacks": "Attacks",
+    "20_aalp": "AALP",
+    "30_two_stream": "Two-stream",
+    "40_cafd": "CAFD",
+    "50_afg": "AFG",
+    "60_study": "Study",
+}
+PRESETS = (
+    "paper",
+    "cpu",
+    "smoke",
+)  # where an experiment has several results, links lead to the first of these
+
+
+class SiteError(Exception):
+    "A page that cannot be made: the file and what is wrong with it."
+
+
+# --- notebooks ------------------------------------------------------------------------------------
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    "The notebook, in today's format whatever it was saved in."
+    return nbformat.read(path, as_version=4)
+
+
+def directives(source: str) -> tuple[dict[str, str], str]:
+    "nbdev's directives at the head of a cell (`#| export`, `#| echo: false`), and the code without them."
+    found, lines = {}, source.splitlines()
+    while lines and (line := re.match(r"\s*#\s*\|\s*([\w-]+):?\s*(.*?)\s*$", lines[0])):
+        found[line[1]] = line[2]
+        lines.pop(0)
+    return found, "\n".join(lines).strip("\n")
+
+
+def shown(notebook: NotebookNode) -> NotebookNode:
+    "What a reader sees: no directives, no hidden cells; exported cells carry the tag `exported`."
+    cells = []
+    for old in notebook.cells:
+        says, source = directives(old.source) if old.cell_type == "code" else ({}, old.source)
+        if not source or says.keys() & {"hide", "default_exp"} or says.get("include") == "false":
+            continue
+        tags = set(old.metadata.get("tags", []))
+        if says.keys() & {"export", "exports", "exporti"}:
+            tags.add("exported")
+        if says.get("echo") == "false" or "hide_input" in says:
+            tags.add("remove-input")
+        if says.get("output") == "false" or "hide_output" in says:
+            tags.add("remove-output")
+        cell = nbformat.from_dict({**old, "source": source, "metadata": {"tags": sorted(tags)}})
+        if cell.cell_type == "code":
+            cell.outputs = merged(cell.outputs)
+        cells.append(cell)
+    metadata = {**notebook.metadata, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    return nbformat.from_dict({**notebook, "cells": cells, "metadata": metadata})
+
+
+def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    "The outputs with what was printed in several pieces put together."
+    whole: list[NotebookNode] = []
+    for output in outputs:
+        if whole and output.output_type == "stream" and whole[-1].get("name") == output.name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
+
+
+def heading(notebook: NotebookNode) -> tuple[str, str]:
+    "Title and subtitle: the first `# Title` and the `> line` below it."
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and (title := re.search(r"^# +(.+)$", cell.source, flags=re.M)):
+            below = re.search(r"^> *(.+)$", cell.source, flags=re.M)
+            return title[1].strip(), below[1].strip() if below else ""
+    return "", ""
+
+
+def module_of(notebook: NotebookNode) -> str | None:
+    "The module that the notebook exports to: `afgstudy.attacks.base`."
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (name := directives(cell.source)[0].get("default_exp")):
+            return f"afgstudy.{name}".removesuffix(".__init__")
+    return None
+
+
+def change_markdown(notebook: NotebookNode, change: Callable[[str], str]) -> None:
+    "Apply `change` to all Markdown of the notebook, in place: cells, and what code displayed as Markdown."
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = change(cell.source)
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = change("".join(output.data["text/markdown"]))
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+TOKENS = re.compile(
+    r"(?P<fence>^(?P<ticks>`{3,}|~{3,}).*?^(?P=ticks)[ \t]*$)"
+    r"|(?P<heading>^#{1,6} [^\n]*$)"
+    r"|(?P<math>\$\$.*?\$\$|\$[^$\n]+\$)"
+    r"|(?P<link>!?\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^()\s]+)(?:\s+\"[^\"]*\")?\))"
+    r"|(?P<code>`+[^`\n]+`+)",
+    flags=re.M | re.S,
+)
+
+
+def rewrite(text: str, **change: Callable[[re.Match | str], str]) -> str:
+    "The Markdown with its links (`link=`), its code (`code=`) or the rest of its prose (`prose=`) changed."
+    parts, at = [], 0
+    prose = change.get("prose", str)
+    for token in TOKENS.finditer(text):
+        parts.append(prose(text[at : token.start()]))
+        parts.append(change[token.lastgroup](token) if token.lastgroup in change else token[0])
+        at = token.end()
+    return "".join([*parts, prose(text[at:])])
+
+
+def relink(text: str, folder: str, new: Callable[[str, str], str]) -> str:
+    "The Markdown of a file in `folder`, every relative link replaced by `new(path from the root, fragment)`."
+
+    def one(link: re.Match) -> str:
+        target, _, fragment = link["target"].partition("#")
+        if not target or re.match(r"[a-z][a-z0-9+.-]*:", target):
+            return link[0]
+        start, end = (link.start("target") - link.start(), link.end("target") - link.start())
+        return link[0][:start] + new(normal(f"{folder}/{target}"), fragment) + link[0][end:]
+
+    return rewrite(text, link=one)
+
+
+def normal(path: str) -> str:
+    "The path without `.` and `..`; one that leaves the project keeps its leading `..`."
+    parts: list[str] = []
+    for part in PurePosixPath(path).parts:
+        if part == ".." and parts and parts[-1] != "..":
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    return "/".join(parts)
+
+
+def relative(target: str, page: str) -> str:
+    "`target` as seen from `page`; both count from the same root."
+    here, there = PurePosixPath(page).parent.parts, PurePosixPath(target).parts
+    same = 0
+    while same < min(len(here), len(there)) and here[same] == there[same]:
+        same += 1
+    return "/".join([".."] * (len(here) - same) + list(there[same:]))
+
+
+def toctree(caption: str, pages: list[str], hidden: bool = True, depth: int = 1) -> str:
+    "A table of contents; hidden ones make the sidebar."
+    options = [f":caption: {caption}"] if caption else []
+    options += [":hidden:"] if hidden else []
+    lines = [
+        "```{toctree}",
+        *options,
+        f":maxdepth: {depth}",
+        "",
+        *(re.sub(r"\.(ipynb|md)$", "", p) for p in pages),
+    ]
+    return "\n".join([*lines, "```"])
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Site:
+    "Where each file of the project is shown, and what links to what."
+
+    root: Path
+    to: Path
+    shown_at: dict[str, str] = field(default_factory=dict)  # file of the project -> page
+    labels: dict[str, str] = field(default_factory=dict)  # documented name, short or whole -> its label
+    references: dict[tuple[str, str], str] = field(default_factory=dict)  # (first author, year) -> key
+    written: set[str] = field(default_factory=set)
+
+    def write(self, page: str, content: str | bytes) -> None:
+        "Write a page, if it is not already there as it should be."
+        path, content = self.to / page, content.encode() if isinstance(content, str) else content
+        self.written.add(page)
+        if not path.exists() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def finish(self) -> None:
+        "Remove what an earlier build left and this one did not make."
+        for path in sorted(self.to.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.to).as_posix() not in self.written:
+                path.unlink()
+
+    def attach(self, path: str, source: str) -> str:
+        "Carry along a linked file that has no page of its own; Markdown becomes a page."
+        file = self.root / path
+        if path.startswith("..") or not file.is_file():
+            why = "is a folder, link to a file in it" if file.is_dir() else "is not there"
+            raise SiteError(f"{source} links to {path}, which {why}")
+        page = self.shown_at[path] = f"files/{path}"
+        if file.suffix == ".md":
+            self.write(page, "---\norphan: true\n---\n\n" + self.markdown(file.read_text(), path, page))
+        else:
+            self.write(page, file.read_bytes())
+        return page
+
+    def markdown(self, text: str, source: str, page: str) -> str:
+        "The Markdown of `source` as it stands on `page`: links, names and citations lead somewhere."
+
+        def link(path: str, fragment: str) -> str:
+            target = relative(self.shown_at.get(path) or self.attach(path, source), page)
+            return target + (f"#{fragment}" if fragment else "")
+
+        text = relink(text, PurePosixPath(source).parent.as_posix(), link)
+        return rewrite(text, code=self.name, prose=self.cite)
+
+    def name(self, code: re.Match) -> str:
+        "`PGD` in code type as a link to its reference."
+        label = self.labels.get(code[0].strip("`"))
+        return f"[{code[0]}](#{label})" if label else code[0]
+
+    def cite(self, prose: str) -> str:
+        "`Madry et al. 2018` and the like as a citation, where references.bib has it."
+
+        def one(found: re.Match) -> str:
+            key = self.references.get((found["author"], found["in_brackets"] or found["bare"]))
+            return f"{{cite:{'t' if found['in_brackets'] else 'alp'}}}`{key}`" if key else found[0]
+
+        author = r"\b(?P<author>[A-Z][\w-]+)(?: et al\.,?| and [A-Z][\w-]+)? "
+        year = r"(?:19|20)\d\d"
+        return re.sub(author + rf"(?:\((?P<in_brackets>{year})\)|(?P<bare>{year})\b)", one, prose)
+
+    def notebook(self, source: str, page: str, extra: Callable[[NotebookNode], None] | None = None) -> None:
+        "Write the notebook `source` as `page`; `extra` may add cells of the site's own."
+        notebook = shown(read_notebook(self.root / source))
+        change_markdown(notebook, lambda text: self.markdown(text, source, page))
+        if extra:
+            extra(notebook)
+        self.write(page, nbformat.writes(notebook) + "\n")
+
+
+def markdown_cell(text: str, number: int = 0) -> NotebookNode:
+    cell = nbformat.v4.new_markdown_cell(text)
+    cell["id"] = f"site{number}"  # a random one would make every build a new page
+    return cell
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    "Files below a folder, in order, without checkpoints; a folder's index comes first."
+    found = [p for p in folder.rglob(pattern) if ".ipynb_checkpoints" not in p.parts]
+    return sorted(found, key=lambda p: (p.parent, p.stem != "index", p.name))
+
+
+# --- library rooms and their reference ------------------------------------------------------------
+
+
+@dataclass
+class Module:
+    "A module of the package, the notebook it is exported from, its page in the reference."
+
+    name: str
+    source: str
+    title: str
+    subtitle: str
+    symbols: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # re-exported
+
+    @property
+    def page(self) -> str:
+        return f"api/{self.name}.md"
+
+
+def library(site: Site) -> dict[str, list[str]]:
+    "Room -> its notebooks."
+    rooms = {}
+    for folder in sorted((site.root / "nbs").iterdir()):
+        if re.match(r"\d\d_", folder.name) and (notebooks := files(folder, "*.ipynb")):
+            title = ROOMS.get(folder.name, folder.name[3:].replace("_", " ").capitalize())
+            rooms[title] = [p.relative_to(site.root).as_posix() for p in notebooks]
+    for notebooks in rooms.values():
+        site.shown_at |= {source: source.removeprefix("nbs/") for source in notebooks}
+    return rooms
+
+
+def modules(site: Site, sources: list[str]) -> list[Module]:
+    "The modules that the notebooks export, with their symbols; every name gets its label."
+    found: dict[str, Module] = {}
+    for source in sources:
+        notebook = read_notebook(site.root / source)
+        name = module_of(notebook)
+        if name is None or name in found:  # a module may go on in a second notebook
+            continue
+        module = found[name] = Module(name, source, *heading(notebook))
+        live = import_module(name)
+        for symbol in getattr(live, "__all__", []):
+            if isinstance(getattr(live, symbol), click.Command) and symbol != "main":
+                continue  # the page of the command shows its subcommands
+            home = getattr(getattr(live, symbol), "__module__", name)
+            ours = home == name or not home.startswith("afgstudy.")
+            (module.symbols if ours else module.elsewhere).append(symbol)
+    short: dict[str, list[str]] = {}
+    for module in found.values():
+        site.labels[module.name] = f"module-{module.name}"
+        for symbol in module.symbols:
+            whole = f"{module.name}.{symbol}"
+            twin = any(s != symbol and s.lower() == symbol.lower() for s in module.symbols)
+            # labels do not tell case apart: a class `ROC` beside a function `roc`
+            site.labels[whole] = whole + ("-function" if twin and symbol[0].islower() else "")
+            short.setdefault(symbol, []).append(whole)
+    # only classes by their short name: `load` or `data` in a sentence may mean anything
+    site.labels |= {s: site.labels[w[0]] for s, w in short.items() if s[0].isupper() and len(w) == 1}
+    return list(found.values())
+
+
+def reference(site: Site, module: Module) -> None:
+    "Write the page of one module."
+    from api import symbol
+
+    live = import_module(module.name)
+    notebook = relative(site.shown_at[module.source], module.page)
+    package = module.name.split(".")[-1]
+    lines = [
+        f"({site.labels[module.name]})=",
+        f"# {module.name}",
+        "",
+        f"> {module.subtitle}" if module.subtitle else "",
+    ]
+    lines += ["", f"Explained, with examples and tests, in [{module.title}]({notebook})."]
+    if module.elsewhere:
+        names = ", ".join(f"[`{s}`](#{site.labels[s]})" for s in sorted(module.elsewhere) if s in site.labels)
+        lines += ["", f"Also importable from `{package}`, and documented where they are defined: {names}."]
+    for name in sorted(module.symbols, key=lambda s: (s.isupper(), s[0].islower(), module.symbols.index(s))):
+        text = symbol(name, live, site.labels[f"{module.name}.{name}"])
+        lines += ["", rewrite(text, code=lambda c: c[0], prose=site.cite)]
+    site.write(module.page, "\n".join(lines) + "\n")
+
+
+def reference_index(site: Site, found: list[Module]) -> str:
+    "Write the reference's own front page; every module in one line."
+    rows = [f"| [`{m.name}`](#{site.labels[m.name]}) | {site.cite(m.subtitle)} |" for m in found]
+    pages = [m.page.removeprefix("api/") for m in found]
+    text = [
+        "# API",
+        "",
+        "Every exported name, by module: `from afgstudy.attacks import PGD`.",
+        "",
+        "| module | |",
+    ]
+    site.write("api/index.md", "\n".join([*text, "|---|---|", *rows, "", toctree("", pages), ""]))
+    return "api/index.md"
+
+
+# --- experiments ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    "A committed run of an experiment."
+
+    experiment: str  # aalp/table2
+    preset: str
+    folder: str  # data/results/cpu/aalp/table2
+    record: dict
+    notebook: str | None  # the executed notebook, where it is committed
+
+    @property
+    def page(self) -> str:
+        return f"experiments/{self.experiment}-{self.preset}" + (".ipynb" if self.notebook else ".md")
+
+
+def results(site: Site) -> list[Result]:
+    "The committed runs, those at the paper's own settings first."
+    found = []
+    for path in files(site.root / "data" / "results", "record.json"):
+        folder = path.parent.relative_to(site.root).as_posix()
+        preset, _, experiment = folder.removeprefix("data/results/").partition("/")
+        notebooks = [p.relative_to(site.root).as_posix() for p in sorted(path.parent.glob("*.ipynb"))]
+        record = json.loads(path.read_text())
+        found.append(Result(experiment, preset, folder, record, notebooks[0] if notebooks else None))
+    order = {preset: i for i, preset in enumerate(PRESETS)}
+    return sorted(found, key=lambda r: (r.experiment, order.get(r.preset, len(order)), r.preset))
+
+
+def facts(site: Site, result: Result, source: str) -> str:
+    "Where the numbers of a result come from, in a few lines with links."
+    said = result.record.get("provenance", {})
+    device = said.get("device", {})
+    device = device.get("name") or device.get("device") if isinstance(device, dict) else device
+    parts = [f"preset **{result.preset}**"]
+    if said.get("seeds"):
+        parts.append("seed " + ", ".join(map(str, said["seeds"])))
+    parts += [str(device)] if device else []
+    if (seconds := said.get("seconds")) is not None:
+        parts.append(f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} minutes")
+    links = [("the record", f"{result.folder}/record.json")]
+    links += [("the notebook it ran", source)] if (site.root / source).is_file() else []
+    links += [
+        (f"{f['name']}.svg", path)
+        for f in result.record.get("figures", [])
+        if (site.root / (path := f"{result.folder}/figures/{f['name']}.svg")).is_file()
+    ]
+    for _, path in links:
+        site.shown_at.setdefault(path, f"files/{path}")
+        site.write(f"files/{path}", (site.root / path).read_bytes())
+    # as downloads: a plain link to a notebook would be one to its page
+    where = " · ".join(
+        f"{{download}}`{text} <{relative(f'files/{path}', result.page)}>`" for text, path in links
+    )
+    return f":::{{admonition}} A committed run\n:class: note run\n{', '.join(parts)}.\n\n{where}\n:::"
+
+
+def result_page(site: Site, result: Result, source: str) -> None:
+    "The executed notebook under its preset's name; without one, the rows and figures of the record."
+    title = f"(preset {result.preset})"
+    about = facts(site, result, source)
+    if result.notebook:
+
+        def head(notebook: NotebookNode) -> None:
+            for i, cell in enumerate(notebook.cells):
+                if cell.cell_type == "markdown" and re.search(r"^# ", cell.source, flags=re.M):
+                    cell.source = re.sub(r"^(# .+)$", rf"\1 {title}", cell.source, count=1, flags=re.M)
+                    notebook.cells.insert(i + 1, markdown_cell(about))
+                    return
+            notebook.cells.insert(0, markdown_cell(f"# {result.experiment} {title}\n\n{about}"))
+
+        site.notebook(result.notebook, result.page, head)
+        return
+    lines = [f"# {result.record.get('title') or result.experiment} {title}", "", about, ""]
+    lines += [*(f"- {note}" for note in result.record.get("notes", [])), ""]
+    for figure in result.record.get("figures", []):
+        path = f"{result.folder}/figures/{figure['name']}.svg"
+        if (site.root / path).is_file():
+            lines += [f"![{figure.get('caption', '')}]({relative(f'files/{path}', result.page)})", ""]
+    lines += [
+        "| dataset | method | attack | metric | published | measured | 95% interval | n |",
+        "|---" * 8 + "|",
+    ]
+    for row in result.record.get("rows", []):
+        numbers = [
+            "–" if row.get(k) is None else f"{row[k]:.2f}" for k in ("published", "measured", "low", "high")
+        ]
+        interval = "–" if "–" in numbers[2:] else f"{numbers[2]} to {numbers[3]}"
+        n = "–" if row.get("n") is None else f"{row['n']:,}"
+        cells = [
+            *(str(row.get(k, "")) for k in ("dataset", "method", "attack", "metric")),
+            *numbers[:2],
+            interval,
+            n,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    site.write(result.page, "\n".join(lines) + "\n")
+
+
+def experiments(site: Site) -> Callable[[], dict[str, list[str]]]:
+    "Find the experiments and benchmarks and where they are shown; what this returns writes them and says the pages."
+    sources = {}
+    for room in ("experiments", "benchmarks"):
+        for path in files(site.root / "nbs" / room, "*.ipynb"):
+            source = path.relative_to(site.root).as_posix()
+            name = source.removeprefix("nbs/").removeprefix("experiments/").removesuffix(".ipynb")
+            sources[name] = source
+    runs = results(site)
+    for name, source in sources.items():
+        ran = [r.page for r in runs if r.experiment == name]
+        site.shown_at[source] = ran[0] if ran else source.removeprefix("nbs/")
+    site.shown_at |= {r.notebook: r.page for r in runs if r.notebook}
+
+    def write() -> dict[str, list[str]]:
+        pages: dict[str, list[str]] = {"Experiments": [], "Benchmarks": []}
+        for name in sorted({*sources, *(r.experiment for r in runs)}):
+            room = pages["Benchmarks" if name.startswith("benchmarks/") else "Experiments"]
+            ran = [r for r in runs if r.experiment == name]
+            for result in ran:
+                result_page(site, result, sources.get(name, ""))
+                room.append(result.page)
+            if not ran:
+                site.notebook(sources[name], site.shown_at[sources[name]], not_run)
+                room.append(site.shown_at[sources[name]])
+        return pages
+
+    return write
+
+
+def not_run(notebook: NotebookNode) -> None:
+    "Say of a notebook without committed results that it has none."
+    said = any(cell.get("outputs") for cell in notebook.cells)
+    if not said:
+        text = ":::{admonition} No committed run yet\n:class: note run\nThis is the notebook as it would be run.\n:::"
+        notebook.cells.insert(1, markdown_cell(text))
+
+
+# --- everything -----------------------------------------------------------------------------------
+
+
+def references(path: Path) -> dict[tuple[str, str], str]:
+    "(first author's last name, year) -> key, for all entries of a BibTeX file where that is unambiguous."
+    from pybtex.database import parse_file
+
+    found: dict[tuple[str, str], str] = {}
+    twice = set()
+    for key, entry in parse_file(str(path)).entries.items():
+        names = " ".join(entry.persons["author"][0].last_names)
+        where = (names, entry.fields["year"])
+        twice |= {where} & found.keys()
+        found[where] = key
+    return {where: key for where, key in found.items() if where not in twice}
+
+
+def build(root: Path, to: Path) -> int:
+    "Lay out all pages under `to`; returns how many."
+    sys.path.insert(0, str(root))  # the reference is of this checkout, whatever else is installed
+    site = Site(root, to)
+    site.references = references(root / "docs" / "references.bib")
+    site.shown_at["nbs/index.ipynb"] = site.shown_at["README.md"] = "index.ipynb"
+    rooms = library(site)
+    write_experiments = experiments(site)
+    found = modules(site, [source for sources in rooms.values() for source in sources])
+
+    tocs = []
+    for title, sources in rooms.items():
+        for source in sources:
+            site.notebook(source, site.shown_at[source])
+        tocs.append(toctree(title, [site.shown_at[s] for s in sources]))
+    tocs += [toctree(title, pages) for title, pages in write_experiments().items() if pages]
+    for module in found:
+        reference(site, module)
+    site.write("references.bib", (root / "docs" / "references.bib").read_bytes())
+    site.write("bibliography.md", (root / "docs" / "bibliography.md").read_bytes())
+    tocs.append(toctree("Reference", [reference_index(site, found), "bibliography.md"]))
+
+    def sidebar(notebook: NotebookNode) -> None:
+        notebook.cells.append(markdown_cell("\n\n".join(tocs)))
+
+    site.notebook("nbs/index.ipynb", "index.ipynb", sidebar)
+    site.finish()
+    return len([p for p in site.written if p.endswith((".ipynb", ".md"))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Lay out the pages of the site.")
+    parser.add_argument(
+        "--to", type=Path, default=ROOT / "_docs" / "pages", help="where to (default: _docs/pages)"
+    )
+    to = parser.parse_args().to
+    try:
+        print(f"{build(ROOT, to)} pages in {to}")
+    except SiteError as e:
+        sys.exit(str(e))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The site: it builds without a warning, every link in it leads somewhere, and nothing is loaded from elsewhere."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import click
+import pytest
+
+# where a page names something that the browser loads, and where it names something to go to
+LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "video": "src", "object": "data"}
+LOADED_LINKS = {"stylesheet", "icon", "preload", "modulepreload", "manifest", "prefetch"}
+
+
+class Page(HTMLParser):
+    "The resources, the links and the anchors of one page."
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.loads, self.goes_to, self.anchors = [], [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        has = {name: value or "" for name, value in attributes}
+        self.anchors |= {has[name] for name in ("id", "name") if name in has}
+        if tag in LOADED and LOADED[tag] in has:
+            self.loads.append(has[LOADED[tag]])
+        elif tag == "link" and LOADED_LINKS & set(has.get("rel", "").split()):
+            self.loads.append(has["href"])
+        elif tag == "a" and "href" in has:
+            self.goes_to.append(has["href"])
+
+
+@pytest.fixture(scope="session")
+def site(project, tmp_path_factory) -> Path:
+    "The site, built anew in a temporary folder."
+    folder = tmp_path_factory.mktemp("site")
+    stage = [sys.executable, project / "docs" / "stage.py", "--to", folder / "pages"]
+    sphinx = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "-d",
+        folder / "doctrees",
+    ]
+    for command in (stage, [*sphinx, "-c", project / "docs", folder / "pages", folder / "html"]):
+        made = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+        assert made.returncode == 0, made.stdout + made.stderr
+    return folder / "html"
+
+
+@pytest.fixture(scope="session")
+def pages(site) -> dict[str, Page]:
+    "Path below the site -> the page."
+    return {p.relative_to(site).as_posix(): Page(p) for p in sorted(site.rglob("*.html"))}
+
+
+def is_elsewhere(address: str) -> bool:
+    return bool(urlsplit(address).netloc) or urlsplit(address).scheme in {"http", "https", "ftp"}
+
+
+def test_every_room_has_its_pages(project, pages):
+    for path in (project / "nbs").glob("[0-9]*/*.ipynb"):
+        assert path.relative_to(project / "nbs").with_suffix(".html").as_posix() in pages
+    assert {"index.html", "search.html", "bibliography.html", "api/index.html"} <= pages.keys()
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    loads = [(name, address) for name, page in pages.items() for address in page.loads]
+    assert len(loads) > len(pages), "the pages load no style: the check has gone blind"
+    assert [(name, address) for name, address in loads if is_elsewhere(address)] == []
+    for style in site.rglob("*.css"):
+        found = re.findall(r"(?:url\(\s*['\"]?|@import\s+['\"])([^'\")]+)", style.read_text())
+        assert [address for address in found if is_elsewhere(address)] == [], style.name
+
+
+def test_every_link_leads_somewhere(site, pages):
+    broken = []
+    for name, page in pages.items():
+        for address in (*page.loads, *page.goes_to):
+            parts = urlsplit(address)
+            if is_elsewhere(address) or parts.scheme in {"data", "mailto"}:
+                continue
+            target = (site / name).parent / unquote(parts.path) if parts.path else site / name
+            target = target.resolve()
+            if not target.is_file():
+                broken.append((name, address))
+            elif parts.fragment and target.suffix == ".html":
+                anchors = pages[target.relative_to(site.resolve()).as_posix()].anchors
+                if unquote(parts.fragment) not in anchors:
+                    broken.append((name, address))
+    assert broken == []
+
+
+def test_mathematics_comes_from_here(site, pages):
+    with_formulas = [name for name in pages if 'class="math' in (site / name).read_text()]
+    assert with_formulas
+    for name in with_formulas:
+        assert any("mathjax/MathJax.js" in address for address in pages[name].loads), name
+    mathjax = site / "_static" / "mathjax"
+    for part in ("config/TeX-AMS-MML_HTMLorMML-full.js", "jax/output/HTML-CSS/fonts/STIX-Web/fontdata.js"):
+        assert (mathjax / part).is_file()
+    assert list((mathjax / "fonts" / "HTML-CSS" / "STIX-Web" / "woff").glob("*.woff"))
+
+
+def test_search_finds_the_attacks(site):
+    index = (site / "searchindex.js").read_text()
+    index = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))
+    for word in ("DeepFool", "PGD", "Wilson"):
+        hits = index["terms"].get(word.lower()) or index["titleterms"].get(word.lower())
+        assert hits, f"{word} is not in the search index"
+
+
+def test_directives_and_hidden_cells_are_not_shown(pages, site):
+    for name in pages:
+        text = re.sub(r"<[^>]+>", "", (site / name).read_text())
+        assert not re.search(r"^#\|\s*(export|hide|default_exp|echo|eval|slow)", text, flags=re.M), name
+
+
+def test_reference_documents_every_exported_name(project, site, pages):
+    from importlib import import_module
+
+    modules = [
+        name.removesuffix(".html").removeprefix("api/") for name in pages if name.startswith("api/afgstudy")
+    ]
+    assert "afgstudy.attacks.gradient" in modules
+    for module in modules:
+        page, live = (site / "api" / f"{module}.html").read_text(), import_module(module)
+        names = [n for n in live.__all__ if not isinstance(getattr(live, n), click.Command)]
+        missing = [name for name in names if f">{name}<a" not in page and f">{name}</span>" not in page]
+        assert missing == [], module
+    assert "<h3>afgstudy data get<a" in (site / "api" / "afgstudy.study.cli.html").read_text()
+    assert "8 / 255" in re.sub(r"<[^>]+>", "", (site / "api" / "afgstudy.attacks.gradient.html").read_text())
+
+
+def test_formulas_have_single_backslashes(project):
+    for path in (project / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "markdown":
+                text = re.sub(r"^```.*?^```|`[^`\n]+`", "", "".join(cell["source"]), flags=re.M | re.S)
+                doubled = re.search(r".*\\\\[A-Za-z{}|,;].*", text)
+                assert not doubled, f"{path.name}: {doubled[0]}"
+
+
+# --- what the builder refuses, and its parts ------------------------------------------------------
+
+
+@pytest.fixture
+def stage(project, monkeypatch):
+    monkeypatch.syspath_prepend(project / "docs")
+    import stage
+
+    return stage
+
+
+def notebook_with(stage, *cells: tuple[str, str]):
+    made = {"code": stage.nbformat.v4.new_code_cell, "markdown": stage.nbformat.v4.new_markdown_cell}
+    return stage.nbformat.v4.new_notebook(cells=[made[kind](source) for kind, source in cells])
+
+
+def test_shown_drops_directives_and_hidden_cells(stage):
+    notebook = notebook_with(
+        stage,
+        ("code", "#| default_exp a"),
+        ("code", "#| hide\nx = 1"),
+        ("code", "#| export\n#| slow\nx = 2"),
+        ("code", "#| echo: false\nx = 3"),
+        ("code", "x = 4  #| not a directive"),
+    )
+    cells = stage.shown(notebook).cells
+    assert [c.source for c in cells] == ["x = 2", "x = 3", "x = 4  #| not a directive"]
+    assert [c.metadata.tags for c in cells] == [["exported"], ["remove-input"], []]
+
+
+def test_markdown_gets_links_but_code_and_formulas_do_not(stage, tmp_path):
+    site = stage.Site(tmp_path, tmp_path / "pages")
+    site.labels = {"PGD": "afgstudy.attacks.gradient.PGD"}
+    site.references = {("Madry", "2018"): "madry2018"}
+    site.shown_at = {"nbs/b/c.ipynb": "b/c.ipynb"}
+    for text, expected in {
+        "# `PGD`": "# `PGD`",
+        "`PGD`, `pgd`": "[`PGD`](#afgstudy.attacks.gradient.PGD), `pgd`",
+        "Madry et al. (2018)": "{cite:t}`madry2018`",
+        "(Madry et al. 2018, Nobody 2018)": "({cite:alp}`madry2018`, Nobody 2018)",
+        "[c](../b/c.ipynb#x) [w](https://w.org/a)": "[c](../b/c.ipynb#x) [w](https://w.org/a)",
+        "$Madry 2018$ `Madry 2018`": "$Madry 2018$ `Madry 2018`",
+        "```\n`PGD` [c](d)\n```\n`PGD`": "```\n`PGD` [c](d)\n```\n[`PGD`](#afgstudy.attacks.gradient.PGD)",
+    }.items():
+        assert site.markdown(text, "nbs/a/a.ipynb", "a/a.ipynb") == expected
+    assert site.markdown("[c](../b/c.ipynb)", "nbs/a/a.ipynb", "x.ipynb") == "[c](b/c.ipynb)"
+
+
+def test_a_link_to_nothing_ends_the_build_with_its_place(stage, tmp_path):
+    (tmp_path / "folder").mkdir()
+    site = stage.Site(tmp_path, tmp_path / "pages")
+    for link, why in (("gone.md", "not there"), ("../folder", "folder"), ("../../out.md", "not there")):
+        with pytest.raises(stage.SiteError, match=rf"^nbs/a\.ipynb links to .*{why}"):
+            site.markdown(f"[x]({link})", "nbs/a.ipynb", "a.ipynb")
+
+
+def test_second_build_changes_nothing(stage, project, tmp_path):
+    for room in ("nbs", "docs", "data"):
+        shutil.copytree(
+            project / room, tmp_path / "p" / room, ignore=shutil.ignore_patterns("sets", ".*", "__pycache__")
+        )
+    for name in ("CITATION.cff", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(project / name, tmp_path / "p" / name)
+    to = tmp_path / "pages"
+    stage.build(tmp_path / "p", to)
+    before = {p: p.stat().st_mtime_ns for p in to.rglob("*") if p.is_file()}
+    (to / "stale.md").write_text("left by an earlier build")
+    stage.build(tmp_path / "p", to)
+    assert {p: p.stat().st_mtime_ns for p in to.rglob("*") if p.is_file()} == before
+
+
+def test_committed_run_without_a_notebook_gets_a_page(stage, tmp_path):
+    folder = tmp_path / "data" / "results" / "cpu" / "aalp" / "table2"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "fig.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    row = dict(
+        dataset="mnist", method="RAW", attack="PGD-40", metric="accuracy", published=0.64, measured=None
+    )
+    rows = [
+        row | dict(low=None, high=None, n=None),
+        row | dict(attack="clean", measured=98.9, low=98.7, high=99.1, n=10_000),
+    ]
+    record = {
+        "experiment": "aalp/table2",
+        "title": "Table 2",
+        "preset": "cpu",
+        "rows": rows,
+        "notes": ["A note."],
+    }
+    record |= {"figures": [{"name": "fig", "caption": "Seen"}], "provenance": {"seconds": 1800, "seeds": [0]}}
+    (folder / "record.json").write_text(json.dumps(record))
+    site = stage.Site(tmp_path, tmp_path / "pages")
+    assert stage.experiments(site)()["Experiments"] == ["experiments/aalp/table2-cpu.md"]
+    page = (site.to / "experiments" / "aalp" / "table2-cpu.md").read_text()
+    assert "| mnist | RAW | PGD-40 | accuracy | 0.64 | – | – | – |" in page
+    assert "| mnist | RAW | clean | accuracy | 0.64 | 98.90 | 98.70 to 99.10 | 10,000 |" in page
+    assert "30 minutes" in page and "A note." in page
+    links = re.findall(r"\]\(([^)]+)\)|\{download\}`[^`<]+<([^>]+)>`", page)
+    assert len(links) == 3  # the record, and the figure to see and to keep
+    for target in (a or b for a, b in links):
+        assert ((site.to / "experiments" / "aalp") / target).resolve().is_file(), target
+
+
+def test_readme_links_lead_somewhere(project):
+    readme = (project / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", readme) if not is_elsewhere(link)]
+    assert len(links) >= 5
+    assert [link for link in links if not (project / link.partition("#")[0]).exists()] == []
