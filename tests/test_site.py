@@ -144,7 +144,7 @@ def test_reference_documents_every_exported_name(project, site, pages):
 
 
 def test_formulas_have_single_backslashes(project):
-    for path in (project / "nbs").rglob("*.ipynb"):
+    for path in (*(project / "nbs").rglob("*.ipynb"), *(project / "data" / "results").rglob("*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == "markdown":
                 text = re.sub(r"^```.*?^```|`[^`\n]+`", "", "".join(cell["source"]), flags=re.M | re.S)
