@@ -71,7 +71,7 @@ class Standard:
 
 # %% ../nbs/00_core/04_training.ipynb #c09
 def both_logits(model: nn.Module, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    "The logits of clean and attacked images from one pass over both (they share the statistics of batch normalisation)."
+    "The logits of clean and attacked images from one pass over both; they share batch statistics."
     return model(torch.cat([x, x_adv])).float().chunk(2)
 
 
@@ -160,7 +160,7 @@ class Recipe:
     lr: float = 1e-3  # the highest learning rate of the schedule
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.0
-    schedule: str = "constant"  # "constant", "cosine" (to 0), "step" (times gamma at the milestones), "cyclic" (up, then down)
+    schedule: str = "constant"  # "constant", "cosine" (to 0), "step" (at the milestones), "cyclic" (up, then down)
     milestones: tuple[
         int, ...
     ] = ()  # epochs after which "step" multiplies by gamma; the epoch of the peak of "cyclic"
@@ -277,7 +277,7 @@ def describe(settings: object) -> object:
 def training_spec(
     model: nn.Module, data: Dataset, objective: Objective, attack, recipe: Recipe, validation
 ) -> dict:
-    "All that decides the result of a training, as JSON: the initial weights, the data, the objective, the attack, the recipe."
+    "All that decides the result of a training, as JSON: initial weights, data, objective, attack, recipe."
     return {
         "initial": state_digest(model),
         "data": data.checksum,
@@ -422,7 +422,7 @@ def fit(
 
 
 def is_best(history: list[dict[str, float]]) -> bool:
-    "Whether the newest epoch beats all before it (robust accuracy first, then clean); without validation every epoch does."
+    "Whether the newest epoch beats all before it: robust accuracy first, then clean. Always, without validation."
 
     def score(row):
         return (row.get("validation robust", 0.0), row.get("validation clean", 0.0))

@@ -104,7 +104,7 @@ def test_the_model_comes_out_as_it_went_in(kind, mode):
 
 
 def test_the_model_is_restored_when_the_attack_fails(trained):
-    model, x, y = trained
+    model, x, _ = trained
     model.train()
     try:
         with pytest.raises(ValueError, match="classes 0 to 9"):

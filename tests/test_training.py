@@ -1,4 +1,4 @@
-"""Training: objectives by hand and by finite differences, counted passes, resume after SIGKILL, determinism, refusals."""
+"""Training: objectives by finite differences, counted passes, resume after SIGKILL, determinism, refusals."""
 
 import math
 import signal

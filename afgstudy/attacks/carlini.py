@@ -68,7 +68,9 @@ class CarliniWagner(Attack):
 
     def __post_init__(self):
         if self.steps < 1 or self.search_steps < 1:
-            raise ValueError(f"steps and search_steps must be at least 1, got {self.steps} and {self.search_steps}")
+            raise ValueError(
+                f"steps and search_steps must be at least 1, got {self.steps} and {self.search_steps}"
+            )
         if self.step_size <= 0 or self.initial_c <= 0 or self.confidence < 0:
             raise ValueError(
                 "step_size and initial_c must be positive and confidence at least 0, got "
@@ -84,7 +86,9 @@ class CarliniWagner(Attack):
         logits = model(x)
         check_logits(logits, y)
         if logits.shape[1] < 2:
-            raise ValueError(f"CarliniWagner needs a model with at least 2 classes, this one has {logits.shape[1]}")
+            raise ValueError(
+                f"CarliniWagner needs a model with at least 2 classes, this one has {logits.shape[1]}"
+            )
         success = fooled(logits, y, self.targeted) & (self.sign * margin(logits, y) <= -self.confidence)
         todo = (~success).nonzero().squeeze(1)
         result = x.clone()
@@ -118,7 +122,11 @@ def descend(
     w = to_w(x)
     origin, m, v = to_image(w), torch.zeros_like(w), torch.zeros_like(w)
     found, lowest = torch.zeros_like(y, dtype=torch.bool), torch.full_like(c, math.inf)
-    here, before, outcome = torch.arange(len(y), device=y.device), lowest, (best.clone(), distance.clone(), found.clone())
+    here, before, outcome = (
+        torch.arange(len(y), device=y.device),
+        lowest,
+        (best.clone(), distance.clone(), found.clone()),
+    )
     tenth = max(50, math.ceil(attack.steps / 10))
     for t in range(1, attack.steps + 1):
         at, logits, gap, loss, gradient = _objective(model, w, origin, y, c, attack.confidence, attack.sign)
