@@ -1,6 +1,5 @@
 """PixelAttack, SpatialTransform, AutoAttack, DDN and the hooks: promises as properties, parity, counts."""
 
-import importlib
 import sys
 import warnings
 from contextlib import nullcontext
@@ -15,6 +14,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from afgstudy.attacks.base import ImageNoise, cross_entropy, input_gradient, margin
+from afgstudy.attacks.carlini import CarliniWagner
+from afgstudy.attacks.deepfool import DeepFool
 from afgstudy.attacks.gradient import BIM, FGSM, MIFGSM, PGD
 from afgstudy.attacks.hooks import BPDA, ExpectationOverTransformation
 from afgstudy.attacks.libraries import DDN, AutoAttack, AutoAttackWarning, Pipeline, _Ear, build
@@ -786,11 +787,6 @@ def test_bpda_takes_steps_that_are_not_torch(trained):
     assert (answers(pipeline, x_adv) == y).float().mean() < 0.5 * (answers(pipeline, x) == y).float().mean()
 
 
-def library_of(name, kind, **options):
-    "An attack of a module that another part of the library brings."
-    return lambda: getattr(importlib.import_module(f"afgstudy.attacks.{name}"), kind)(**options)
-
-
 EVERY = {
     "FGSM": lambda: FGSM(eps=0.2),
     "BIM": lambda: BIM(eps=0.2, step_size=0.02, steps=15),
@@ -799,6 +795,8 @@ EVERY = {
     "SpatialTransform": lambda: SpatialTransform(tau=0.01, searches=1, steps=60),
     "AutoAttack": lambda: AutoAttack(eps=0.2, attacks=("apgd-ce",), steps=15),
     "DDN": lambda: DDN(steps=40),
+    "DeepFool": lambda: DeepFool(steps=30),
+    "CarliniWagner": lambda: CarliniWagner(steps=40, search_steps=3, step_size=0.1, initial_c=1.0),
 }
 
 
