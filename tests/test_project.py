@@ -135,6 +135,12 @@ def test_readme_is_the_index_notebook(project, tmp_path):
     assert made.returncode == 0, made.stderr or made.stdout
 
 
+def test_notebooks_tests_and_tools_pass_the_linter(project):
+    checked = [sys.executable, "-m", "ruff", "check", "--no-cache", "nbs", "tests", "docs", "setup.py"]
+    found = subprocess.run(checked, cwd=project, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stdout
+
+
 def test_every_command_of_the_readme_is_a_make_target(project):
     targets = set(re.findall(r"^(\w+):", (project / "Makefile").read_text(), flags=re.M))
     named = set(re.findall(r"`?make (\w+)", (project / "README.md").read_text()))
