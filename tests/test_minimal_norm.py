@@ -344,19 +344,20 @@ def test_carlini_keeps_an_image_it_cannot_fool():
     assert torch.equal(QUICK(Constant(), x, torch.zeros(3, dtype=torch.int64)), x)
 
 
-def test_carlini_costs_one_forward_and_one_backward_row_a_step(trained):
+def test_carlini_costs_one_forward_and_at_most_one_backward_row_a_step(trained):
     model, x, y = trained
     right = answers(model, x) == y
     n, todo = len(x), int(right.sum())
     full = CarliniWagner(steps=30, search_steps=2, step_size=0.05, initial_c=0.1, abort_early=False)
     with count_passes(model) as passes:
         full(model, x, y)
-    assert passes.forward_rows == n + 60 * todo and passes.backward_rows == 60 * todo
+    assert n + 60 * todo <= passes.forward_rows <= n + 66 * todo, "the rest are images whose margin was misjudged"
+    assert 30 * todo < passes.backward_rows < 60 * todo, "no backward pass where the hinge is flat"
     patient = dict(steps=300, search_steps=1, step_size=0.1, initial_c=1e-3)  # c so small that little happens
     with count_passes(model) as passes:
         CarliniWagner(**patient)(model, x[:8], y[:8])
     assert passes.backward_rows < 0.7 * 300 * 7, "images that stopped getting better leave the round"
-    assert passes.forward_rows == passes.backward_rows + 8
+    assert passes.forward_rows < 0.75 * 300 * 7
 
 
 # Universal perturbations
