@@ -26,7 +26,8 @@ test: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest
 
 docs: setup
-	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -q -b html docs _docs/html
+	@$(ONE_THREAD) $(BIN)/python docs/stage.py --to _docs/pages
+	@$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -q -b html -d _docs/doctrees -c docs _docs/pages _docs/html
 	@echo "$(CURDIR)/_docs/html/index.html"
 
 data: setup

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIGITS_TEST', 'TEN_DIGITS', 'CARS_BY_HAND', 'IMAGENET_BY_HAND', 'IMAGENET1000_BY_HAND', 'RESEARCH', 'SOURCES',
-           'MNIST_MD5', 'ARRAYS', 'SPLITS', 'IN_MEMORY', 'data_root', 'stratified', 'subset_indices', 'Dataset',
-           'CropFlip', 'crop_flip', 'digits', 'Source', 'source_of', 'MissingDataset', 'DamagedDataset',
+           'MNIST_MD5', 'ARRAYS', 'SPLITS', 'IN_MEMORY', 'UNPACKED', 'data_root', 'stratified', 'subset_indices',
+           'Dataset', 'CropFlip', 'crop_flip', 'digits', 'Source', 'source_of', 'MissingDataset', 'DamagedDataset',
            'DownloadError', 'require', 'published_md5', 'file_digest', 'damaged_files', 'Photographs', 'photographs',
            'square', 'load', 'Stream', 'stream', 'fingerprint', 'is_here', 'listing', 'Report', 'check', 'get']
 
@@ -13,6 +13,8 @@ __all__ = ['DIGITS_TEST', 'TEN_DIGITS', 'CARS_BY_HAND', 'IMAGENET_BY_HAND', 'IMA
 import difflib
 import hashlib
 import os
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ import torchvision.datasets as tvd
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms.v2 import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
@@ -256,8 +258,8 @@ def _digits() -> tuple[Tensor, Tensor, Tensor]:
     "All digits: pixels uint8 `[1797, 1, 28, 28]`, labels, and which belong to the test set."
     raw = load_digits()
     small, y = torch.from_numpy(raw.images).float()[:, None] / 16, torch.from_numpy(raw.target).long()
-    large = F.interpolate(small, (20, 20), mode="bicubic", align_corners=False).clamp(0, 1)
-    x = F.pad(large, (4,) * 4).mul(255).round().to(torch.uint8)
+    large = F.interpolate(F.pad(small, (1,) * 4), (24, 24), mode="bicubic", align_corners=False)
+    x = F.pad(large.clamp(0, 1), (2,) * 4).mul(255).round().to(torch.uint8)
     return x, y, stratified(y, DIGITS_TEST, 0, "digits", "test")
 
 
@@ -321,7 +323,10 @@ _CARS_META = "stanford_cars/devkit/cars_meta.mat"
 
 _TABLE = (
     Source("digits", "scikit-learn's digits at 28x28", 10, 1400, 397, 28, "CC BY 4.0", embedded=True),
-    Source("shapes", "silhouettes with textures", 10, 4000, 1000, 64, "drawn here", (), (), ("agreement",), True),
+    Source(
+        "shapes", "silhouettes with textures", 10, 4000, 1000, 64, "drawn here",
+        options=("agreement",), embedded=True,
+    ),
     Source(
         "mnist", "MNIST", 10, 60_000, 10_000, 28, "CC BY-SA 3.0",
         (_MNIST.format("train-images-idx3"), _MNIST.format("train-labels-idx1")),
@@ -388,6 +393,8 @@ class DownloadError(RuntimeError):
 
 def _mend(name: str) -> str:
     "What to do about a set that is missing or damaged."
+    if not name:
+        return "Put a good copy there."
     if name.startswith("folder:"):
         return "Expected PATH/CLASS/IMAGE, or PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE."
     if source_of(name).by_hand:
@@ -407,8 +414,9 @@ def require(name: str, split: str, root: Path) -> None:
     missing = [path for path in source_of(name).paths(split) if not (root / path).exists()]
     if missing:
         where = f"{root}" if root.is_dir() else f"{root}, which does not exist"
+        more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
         raise MissingDataset(
-            f"{source_of(name).title}: {', '.join(missing)} not found in {where}."
+            f"{source_of(name).title}: {', '.join(missing[:2])}{more} not found in {where}."
             f"{_elsewhere(root, missing[0])} {_mend(name)} AFGSTUDY_DATA names the folder to look in."
         )
 
@@ -552,6 +560,8 @@ def photographs(name: str, split: str, root: Path, level: str = "variant") -> Ph
 # %% ../nbs/00_core/01_data.ipynb #c39
 def _image_folder(path: Path) -> Photographs:
     "torchvision's ImageFolder as a list; raises MissingDataset where it finds no images."
+    if not path.is_dir():
+        raise MissingDataset(f"there is no folder {path}. {_mend('folder:')}")
     try:
         raw = tvd.ImageFolder(path, loader=_path)
     except FileNotFoundError as e:
@@ -582,37 +592,36 @@ def _folder(path: Path, split: str, seed: int, held_out: float) -> tuple[Photogr
     return photos, split != "test" and validation is None
 
 # %% ../nbs/00_core/01_data.ipynb #c41
-def _opened(path: str) -> Image.Image:
-    "A photograph as RGB; raises DamagedDataset naming the file."
+def _opened(path: str, name: str = "", hasty: bool = False) -> Image.Image:
+    "A photograph of a set as RGB (`hasty`: read whole, kept small); raises DamagedDataset naming the file."
     try:
         with Image.open(path) as image:
+            if hasty:
+                image.draft("RGB", (1, 1))
             return image.convert("RGB")
     except FileNotFoundError as e:
-        raise DamagedDataset(
-            f"{path} is listed by its set and is not there. Put it back, or get the set anew."
-        ) from e
+        raise DamagedDataset(f"{path} is listed by its set and is not there. {_mend(name)}") from e
     except (OSError, SyntaxError, ValueError) as e:
-        raise DamagedDataset(
-            f"{path} is not a whole image ({e}). Put a good copy there, or get the set anew."
-        ) from e
+        raise DamagedDataset(f"{path} is not a whole image ({e}). {_mend(name)}") from e
 
 
 def square(
     path: str,
     size: int,  # pixels a side of what comes out
     resize: int,  # pixels of the short side before the crop
+    name: str = "",  # the set it belongs to, for the message when it is damaged
 ) -> Tensor:  # uint8 [3, size, size]
-    "A photograph, resized and cropped at the centre."
-    image = TF.center_crop(TF.resize(_opened(path), [resize], antialias=True), [size, size])
-    return TF.pil_to_tensor(image)
+    "A photograph, resized and cropped at the centre. Raises DamagedDataset."
+    image = TF.resize(_opened(path, name), [resize], antialias=True)
+    return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
 
 
-def _decode(files: Sequence[str], size: int, resize: int) -> Tensor:
+def _decode(name: str, files: Sequence[str], size: int, resize: int) -> Tensor:
     "uint8 `[N, 3, size, size]`, decoded by as many threads as torch may use."
     out = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
 
     def one(i: int) -> None:
-        out[i] = square(files[i], size, resize)
+        out[i] = square(files[i], size, resize, name)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(one, range(len(files))):
@@ -670,23 +679,17 @@ def load(
     if name == "shapes":
         n = (source.test if split == "test" else source.train) if n is None else n
         x, y = shapes.draw(n, size or source.size, seed=seed, split=split, **options)
-        return Dataset(name, split, x, y, shapes.CLASSES).to(device)
-    if name not in ARRAYS:
+        classes = shapes.CLASSES
+    elif name in ARRAYS:
+        x, y, classes = _read_arrays(name, split != "test", data_root(root))
+        index = _choose(y, split, n, seed, validation, classes, balanced)
+        x, y = x[index], y[index]
+        if size is not None and size != source.size:
+            x = TF.resize(x, [size, size], antialias=True)
+    else:
         photos = _chosen_photographs(name, split, n, seed, root, validation, balanced, options)
-        size = size or 224
-        if (needed := 3 * size * size * len(photos.files)) > IN_MEMORY:
-            raise ValueError(
-                f"{len(photos.files):,} images of {size} px are {needed / 2**30:.0f} GiB: "
-                f"ask for fewer with n=, or read them as you go with stream({name!r}, {split!r})"
-            )
-        x, y, classes = _decode(photos.files, size, _short_side(size, options)), photos.y, photos.classes
-        return Dataset(name, split, x, y, classes).to(device)
-    x, y, classes = _read_arrays(name, split != "test", data_root(root))
-    index = _choose(y, split, n, seed, validation, classes, balanced)
-    x = x[index]
-    if size is not None and size != source.size:
-        x = TF.resize(x, [size, size], antialias=True)
-    return Dataset(name, split, x, y[index], classes).to(device)
+        x, y, classes = _developed(name, split, photos, size or 224, options), photos.y, photos.classes
+    return Dataset(name, split, x, y, classes).to(device)
 
 # %% ../nbs/00_core/01_data.ipynb #c44
 def _short_side(size: int, options: dict) -> int:
@@ -695,6 +698,16 @@ def _short_side(size: int, options: dict) -> int:
     if resize < size:
         raise ValueError(f"resize={resize} leaves too little for a crop of size={size}")
     return resize
+
+
+def _developed(name: str, split: str, photos: Photographs, size: int, options: dict) -> Tensor:
+    "The pixels of photographs, uint8 `[N, 3, size, size]`; refuses what would not fit in memory."
+    if (needed := 3 * size * size * len(photos.files)) > IN_MEMORY:
+        raise ValueError(
+            f"{len(photos.files):,} images of {size} px are {needed / 2**30:.0f} GiB: "
+            f"ask for fewer with n=, or read them as you go with stream({name!r}, {split!r})"
+        )
+    return _decode(name, photos.files, size, _short_side(size, options))
 
 
 def _chosen_photographs(name, split, n, seed, root, validation, balanced, options) -> Photographs:
@@ -714,21 +727,30 @@ class _Decoder(torch.utils.data.Dataset):
     "What a worker does: `(index, seed)` to an image `[3, size, size]` uint8 and its label."
 
     def __init__(self, stream: "Stream", random: bool):
-        self.files, self.y, self.size, self.resize = stream.files, stream.y, stream.size, stream.resize
-        self.crop = (
-            RandomResizedCrop(stream.size, scale=stream.crop, antialias=True)
-            if random and stream.crop
-            else None
-        )
+        self.name, self.files, self.y = stream.name, stream.files, stream.y
+        self.size, self.resize = stream.size, stream.resize
+        cropped = random and stream.crop is not None
+        self.crop = RandomResizedCrop(stream.size, scale=stream.crop, antialias=True) if cropped else None
         self.flip = RandomHorizontalFlip()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, int]) -> "tuple[Tensor, Tensor] | DamagedDataset":
+        try:
+            return self.decoded(*key)
+        except DamagedDataset as e:  # raised in the main process, without the worker's traceback
+            return e
+
+    def decoded(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
         if self.crop is None:
-            return square(self.files[index], self.size, self.resize), self.y[index]
+            return square(self.files[index], self.size, self.resize, self.name), self.y[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return TF.pil_to_tensor(self.flip(self.crop(_opened(self.files[index])))), self.y[index]
+            image = self.flip(self.crop(_opened(self.files[index], self.name)))
+        return TF.pil_to_tensor(image), self.y[index]
+
+
+def _collate(items: list) -> "list[Tensor] | DamagedDataset":
+    "A batch, or what is wrong with it."
+    return next((item for item in items if isinstance(item, DamagedDataset)), None) or default_collate(items)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -756,7 +778,9 @@ class Stream:
     def __getitem__(self, index):
         "`stream[i]`: one image `[3, H, W]` in [0, 1] and its label; any other index: a stream."
         if isinstance(index, int):
-            return _in_unit_range(square(self.files[index], self.size, self.resize)), int(self.y[index])
+            return _in_unit_range(square(self.files[index], self.size, self.resize, self.name)), int(
+                self.y[index]
+            )
         return self.take(index)
 
     def take(self, index) -> "Stream":
@@ -785,15 +809,17 @@ class Stream:
             batch_size=batch_size,
             sampler=keys,
             num_workers=self.workers,
+            collate_fn=_collate,
             generator=torch.Generator(),  # otherwise the workers' seeds would come from the global one
             pin_memory=self.device.type == "cuda",
         )
         return self._batches(loader, generator, augment)
 
     def _batches(self, loader, generator, augment):
-        for x, y in loader:
-            x = x.to(self.device, non_blocking=True)
-            y = y.to(self.device, non_blocking=True)
+        for batch in loader:
+            if isinstance(batch, DamagedDataset):
+                raise batch
+            x, y = (part.to(self.device, non_blocking=True) for part in batch)
             yield _in_unit_range(x if augment is None else augment(x, generator)), y
 
 
@@ -807,8 +833,7 @@ def stream(
     device: torch.device | str | None = None,
     validation: float = 0.1,
     balanced: bool = False,
-    crop: tuple[float, float]
-    | None = None,  # (0.08, 1.0) is ImageNet's training crop; None: always the centre
+    crop: tuple[float, float] | None = None,  # areas of random crops, ImageNet: (0.08, 1); None: the centre
     workers: int = 2,
     **options,  # resize, level, held_out
 ) -> Stream:
@@ -910,7 +935,7 @@ def _row(what: str, expected: object, found: object, note: bool = False) -> dict
 def check(
     name: str,
     root: str | Path | None = None,
-    images: int = 2000,  # photographs to open in each split, evenly spread
+    images: int | None = 2000,  # photographs to open in each split, evenly spread; None: all
 ) -> Report:
     "Verify a set: published MD5 sums, counts, whether its images open. Raises MissingDataset."
     source, root = source_of(name), data_root(root)
@@ -928,11 +953,18 @@ def check(
     return Report(name, root, tuple(rows))
 
 
-def _check_split(source: Source, split: str, root: Path, images: int) -> list[dict]:
+def _check_split(source: Source, split: str, root: Path, images: int | None) -> list[dict]:
     "The rows of one split."
     expected = source.test if split == "test" else source.train
     try:
-        if source.name == "shapes" or source.name in ARRAYS:
+        if source.name == "shapes":  # there are as many as one asks for
+            twice = [load("shapes", split, n=20, device="cpu").checksum for _ in range(2)]
+            return [
+                _row(
+                    f"{split} images, drawn twice", "equal", "equal" if twice[0] == twice[1] else "different"
+                )
+            ]
+        if source.name in ARRAYS:
             found = load(source.name, split, validation=0, root=root, device="cpu")
             classes = sum(n > 0 for n in found.counts().values())
             return [
@@ -950,7 +982,10 @@ def _check_split(source: Source, split: str, root: Path, images: int) -> list[di
             _row(f"{split} images", expected, len(found.files), note=smaller),
             _row(f"{split} classes", source.classes, len(found.y.unique())),
         ]
-    tried = [found.files[i] for i in np.unique(np.linspace(0, len(found.files) - 1, images).astype(int))]
+    tried = [
+        found.files[i]
+        for i in np.unique(np.linspace(0, len(found.files) - 1, images or len(found.files)).astype(int))
+    ]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         problems = [problem for problem in pool.map(_problem, tried) if problem]
     row = _row(
@@ -961,7 +996,7 @@ def _check_split(source: Source, split: str, root: Path, images: int) -> list[di
 
 def _problem(path: str) -> str:
     try:
-        _opened(path)
+        _opened(path, hasty=True)
     except DamagedDataset as e:
         return str(e)
     return ""
@@ -994,36 +1029,40 @@ def _download(name: str, root: Path) -> None:
             tvd.ImageNet(root / "imagenet", split)
 
 
+# where a set of photographs is unpacked, and the archive it comes in
+UNPACKED = {
+    "aircraft": ("fgvc-aircraft-2013b", "fgvc-aircraft-2013b.tar.gz"),
+    "imagenette": ("imagenette2", "imagenette2.tgz"),
+}
+
+
 def get(
     name: str,
     root: str | Path | None = None,
 ) -> Report:  # what `check` says afterwards
     "Download a set, unless it is there and whole. Raises DownloadError where that is impossible."
     source, root = source_of(name), data_root(root)
-    if source.embedded or (is_here(name, root) and (report := check(name, root)).ok):
-        return check(name, root) if source.embedded else report
-    archives = list((root / "imagenet").glob("ILSVRC2012_devkit_t12.tar.gz")) if name == "imagenet" else []
+    images = 2000 if name == "imagenet" else None  # every photograph, unless there are a million
+    if is_here(name, root) and not name.startswith("folder:") and (report := check(name, root, images)).ok:
+        return report
+    archives = name == "imagenet" and (root / "imagenet" / "ILSVRC2012_devkit_t12.tar.gz").is_file()
     if name.startswith("folder:") or (source.by_hand and not archives):
-        raise DownloadError(
-            source.by_hand.format(root=root) or f"{name} is your own folder: nothing can be downloaded"
-        )
-    if name == "imagenet":
-        torn = []
-    elif published_md5(name):
-        torn = list(damaged_files(name, root))
-    else:
-        torn = {
-            "aircraft": ["fgvc-aircraft-2013b", "fgvc-aircraft-2013b.tar.gz"],
-            "imagenette": ["imagenette2", "imagenette2.tgz"],
-        }[name]
-    for path in torn:
+        how = source.by_hand or "{root} plays no part: the folder is yours, nothing can be downloaded"
+        raise DownloadError(how.format(root=root))
+    for path in (*damaged_files(name, root), *UNPACKED.get(name, ())[:1]):
         _set_aside(root / path)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _download(name, root)
-    except (OSError, RuntimeError, EOFError) as e:
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as e:
+        if not isinstance(
+            e, OSError | RuntimeError
+        ):  # a torn archive would be taken for a whole one next time
+            for path in UNPACKED.get(name, ()):
+                _set_aside(root / path)
+        why = " ".join(str(e).split()).rstrip(".")
         raise DownloadError(
-            f"{source.title} could not be brought to {root}: {e}. Run `afgstudy data get {name}` again "
-            "when the network is back, or copy the files there by hand."
+            f"{source.title} could not be brought to {root}: {why}. "
+            f"Run `afgstudy data get {name}` again when the network is back, or copy the files there by hand."
         ) from e
-    return check(name, root)
+    return check(name, root, images)

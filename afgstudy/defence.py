@@ -58,7 +58,9 @@ class Outcome(NamedTuple):
 def outcome(verdict: Verdict, y: Tensor) -> Outcome:
     "Which images were answered rightly, wrongly, or not at all."
     if verdict.label.shape != y.shape:
-        raise ValueError(f"{len(verdict.label)} verdicts for {len(y)} labels: they must be of the same images")
+        raise ValueError(
+            f"{len(verdict.label)} verdicts for {len(y)} labels: they must be of the same images"
+        )
     hit = verdict.label == y
     return Outcome(hit & ~verdict.flagged, ~hit & ~verdict.flagged, verdict.flagged)
 

@@ -18,7 +18,9 @@ def default_device() -> torch.device:
     name = os.environ.get("AFGSTUDY_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"AFGSTUDY_DEVICE={name} but this machine has no usable CUDA device; unset it or use 'cpu'")
+        raise RuntimeError(
+            f"AFGSTUDY_DEVICE={name} but this machine has no usable CUDA device; unset it or use 'cpu'"
+        )
     return device
 
 # %% ../nbs/00_core/00_device.ipynb #c07

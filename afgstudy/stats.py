@@ -35,7 +35,9 @@ def as_booleans(values) -> np.ndarray:
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
     if array.dtype != bool and not np.isin(array, (0, 1)).all():
-        raise ValueError(f"expected truth values (one an image), got {array.dtype} with values such as {array.ravel()[:3]}")
+        raise ValueError(
+            f"expected truth values (one an image), got {array.dtype} with values such as {array.ravel()[:3]}"
+        )
     return array.astype(bool).ravel()
 
 
@@ -78,7 +80,9 @@ class Paired(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.difference:+.2%} [{self.low:+.2%}, {self.high:+.2%}], p = {self.p_value:.3g} (n={self.n})"
+        return (
+            f"{self.difference:+.2%} [{self.low:+.2%}, {self.high:+.2%}], p = {self.p_value:.3g} (n={self.n})"
+        )
 
 
 def paired(
@@ -89,7 +93,9 @@ def paired(
     "The paired difference `a - b` with its interval and the exact McNemar p value."
     a, b = as_booleans(a), as_booleans(b)
     if len(a) != len(b) or not len(a):
-        raise ValueError(f"paired methods need the same images, at least one: got {len(a)} and {len(b)} values")
+        raise ValueError(
+            f"paired methods need the same images, at least one: got {len(a)} and {len(b)} values"
+        )
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((~a & b).sum())
     table = [[int((a & b).sum()), only_a], [only_b, int((~a & ~b).sum())]]
     p1, p2 = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
@@ -139,11 +145,21 @@ def roc(
     seed: int = 0,
 ) -> ROC:
     "The ROC of a score that should be larger for attacked images; a bootstrap interval for its area."
-    clean, attacked = (np.asarray(s.detach().cpu() if hasattr(s, "detach") else s, dtype=float) for s in (clean, attacked))
+    clean, attacked = (
+        np.asarray(s.detach().cpu() if hasattr(s, "detach") else s, dtype=float) for s in (clean, attacked)
+    )
     if not len(clean) or not len(attacked) or not (np.isfinite(clean).all() and np.isfinite(attacked).all()):
-        raise ValueError(f"finite scores of both kinds are needed, got {len(clean)} clean and {len(attacked)} attacked")
+        raise ValueError(
+            f"finite scores of both kinds are needed, got {len(clean)} clean and {len(attacked)} attacked"
+        )
     truth, scores = np.r_[np.zeros(len(clean)), np.ones(len(attacked))], np.r_[clean, attacked]
     rng = np.random.default_rng(seed)
-    areas = [roc_auc_score(truth, np.r_[rng.choice(clean, len(clean)), rng.choice(attacked, len(attacked))]) for _ in range(draws)]
+    areas = [
+        roc_auc_score(truth, np.r_[rng.choice(clean, len(clean)), rng.choice(attacked, len(attacked))])
+        for _ in range(draws)
+    ]
     low, high = np.quantile(areas, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return ROC(*roc_curve(truth, scores), Estimate(float(roc_auc_score(truth, scores)), float(low), float(high), len(scores)))
+    return ROC(
+        *roc_curve(truth, scores),
+        Estimate(float(roc_auc_score(truth, scores)), float(low), float(high), len(scores)),
+    )

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -48,7 +48,9 @@ def require_attack(objective: object, attack: object) -> None:
     "Raise if the objective needs an inner attack and there is none."
     if attack is None:
         name = type(objective).__name__
-        raise ValueError(f"{name} trains on adversarial images and needs an attack: fit(..., attack=PGD(...)), got None")
+        raise ValueError(
+            f"{name} trains on adversarial images and needs an attack: fit(..., attack=PGD(...)), got None"
+        )
 
 
 def check_weight(name: str, value: float) -> None:
@@ -69,7 +71,7 @@ class Standard:
 
 # %% ../nbs/00_core/04_training.ipynb #c09
 def both_logits(model: nn.Module, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    "The logits of clean and attacked images from one pass over both (they share the statistics of batch normalisation)."
+    "The logits of clean and attacked images from one pass over both; they share batch statistics."
     return model(torch.cat([x, x_adv])).float().chunk(2)
 
 
@@ -158,8 +160,10 @@ class Recipe:
     lr: float = 1e-3  # the highest learning rate of the schedule
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.0
-    schedule: str = "constant"  # "constant", "cosine" (to 0), "step" (times gamma at the milestones), "cyclic" (up, then down)
-    milestones: tuple[int, ...] = ()  # epochs after which "step" multiplies by gamma; the epoch of the peak of "cyclic"
+    schedule: str = "constant"  # "constant", "cosine" (to 0), "step" (at the milestones), "cyclic" (up, then down)
+    milestones: tuple[
+        int, ...
+    ] = ()  # epochs after which "step" multiplies by gamma; the epoch of the peak of "cyclic"
     gamma: float = 0.1
     augment: str | None = None  # None, or "crop_flip": random crop with 4 px padding, and mirroring
     precision: str = "float32"  # or "bfloat16": mixed precision
@@ -201,7 +205,9 @@ def learning_rate(
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     "The recipe's optimiser over all parameters of the model."
     if recipe.optimiser == "sgd":
-        return torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(
+            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+        )
     return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
 
@@ -222,7 +228,9 @@ def run_epoch(
     steps = len(data) // recipe.batch_size or 1
     sums: dict[str, Tensor] = {}
     model.train()
-    batches = data.batches(recipe.batch_size, generator=order, augment=augment, drop_last=len(data) >= recipe.batch_size)
+    batches = data.batches(
+        recipe.batch_size, generator=order, augment=augment, drop_last=len(data) >= recipe.batch_size
+    )
     for step, (x, y) in enumerate(batches):
         if recipe.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -254,17 +262,22 @@ def state_digest(model: nn.Module) -> str:
 
 
 def describe(settings: object) -> object:
-    "A dataclass as a JSON-able dictionary with its class name; anything else as its `repr`."
+    "A dataclass as a JSON-able dictionary with its class name, and so on inwards; anything else as its `repr`."
     if settings is None or isinstance(settings, (str, int, float)):
         return settings
-    try:
-        return {"class": type(settings).__name__, **asdict(settings)}
-    except TypeError:
-        return repr(settings)
+    if isinstance(settings, (list, tuple)):
+        return [describe(s) for s in settings]
+    if is_dataclass(settings):
+        return {"class": type(settings).__name__} | {
+            f.name: describe(getattr(settings, f.name)) for f in fields(settings)
+        }
+    return repr(settings)
 
 
-def training_spec(model: nn.Module, data: Dataset, objective: Objective, attack, recipe: Recipe, validation) -> dict:
-    "All that decides the result of a training, as JSON: the initial weights, the data, the objective, the attack, the recipe."
+def training_spec(
+    model: nn.Module, data: Dataset, objective: Objective, attack, recipe: Recipe, validation
+) -> dict:
+    "All that decides the result of a training, as JSON: initial weights, data, objective, attack, recipe."
     return {
         "initial": state_digest(model),
         "data": data.checksum,
@@ -294,7 +307,9 @@ def read_checkpoint(path: Path, spec: dict) -> dict | None:
     if state["spec"] != (wanted := json.dumps(spec, sort_keys=True)):
         theirs, ours = json.loads(state["spec"]), json.loads(wanted)
         different = [k for k in ours if theirs.get(k) != ours[k]]
-        raise ValueError(f"the checkpoint {path.name} belongs to another training (it differs in {', '.join(different)}): remove it")
+        raise ValueError(
+            f"the checkpoint {path.name} belongs to another training (it differs in {', '.join(different)}): remove it"
+        )
     return state
 
 # %% ../nbs/00_core/04_training.ipynb #c27
@@ -333,24 +348,29 @@ def check_task(model: nn.Module, data: Dataset, objective: Objective, attack) ->
         classes = model(data.images(slice(0, 1))).shape[1]
     low, high = int(data.y.min()), int(data.y.max())
     if low < 0 or high >= classes:
-        raise ValueError(f"labels of {data.name!r} run from {low} to {high}, the model has classes 0 to {classes - 1}")
+        raise ValueError(
+            f"labels of {data.name!r} run from {low} to {high}, the model has classes 0 to {classes - 1}"
+        )
 
 
 def fit(
     model: nn.Module,  # trained in place
     data: Dataset,  # on the device to train on
-    objective: Objective = Standard(),  # noqa: B008
+    objective: Objective = Standard(),
     attack=None,  # the inner attack of adversarial objectives
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: Recipe = Recipe(),
     validation: Dataset | None = None,  # judged after each epoch
     checkpoint: str | Path | None = None,  # a file; an interrupted training goes on from there
     keep: str = "last",  # the weights the model ends with: "last" or "best"
-    after_epoch: Callable[[int, nn.Module], None] | None = None,  # called with the epoch and the model, for figures
+    after_epoch: Callable[[int, nn.Module], None]
+    | None = None,  # called with the epoch and the model, for figures
     progress: bool = False,  # a bar over the epochs
 ) -> Fit:
     "Train `model` and return its history. The global random state is left as it was."
     if keep not in ("last", "best") or (keep == "best" and validation is None):
-        raise ValueError(f"keep must be 'last', or 'best' with a validation set; got {keep!r}, validation={validation}")
+        raise ValueError(
+            f"keep must be 'last', or 'best' with a validation set; got {keep!r}, validation={validation}"
+        )
     device = data.x.device
     model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     check_task(model, data, objective, attack)
@@ -365,7 +385,13 @@ def fit(
         history, best_epoch, best_state = state["history"], state["best_epoch"], state["best_state"]
         begin = len(history)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for epoch in tqdm(range(begin, recipe.epochs), initial=begin, total=recipe.epochs, disable=not progress, unit="epoch"):
+        for epoch in tqdm(
+            range(begin, recipe.epochs),
+            initial=begin,
+            total=recipe.epochs,
+            disable=not progress,
+            unit="epoch",
+        ):
             torch.manual_seed(seed_for(recipe.seed, "dropout", epoch))
             started = time.perf_counter()
             row = {"epoch": epoch, **run_epoch(step_model, data, objective, attack, recipe, optimiser, epoch)}
@@ -378,8 +404,14 @@ def fit(
             if path:
                 write_checkpoint(
                     path,
-                    {"spec": json.dumps(spec, sort_keys=True), "model": copy_state(model), "optimiser": optimiser.state_dict(),
-                     "history": history, "best_epoch": best_epoch, "best_state": best_state},
+                    {
+                        "spec": json.dumps(spec, sort_keys=True),
+                        "model": copy_state(model),
+                        "optimiser": optimiser.state_dict(),
+                        "history": history,
+                        "best_epoch": best_epoch,
+                        "best_state": best_state,
+                    },
                 )
             if after_epoch is not None:
                 after_epoch(epoch, model)
@@ -390,16 +422,18 @@ def fit(
 
 
 def is_best(history: list[dict[str, float]]) -> bool:
-    "Whether the newest epoch beats all before it (robust accuracy first, then clean); without validation every epoch does."
+    "Whether the newest epoch beats all before it: robust accuracy first, then clean. Always, without validation."
 
     def score(row):
         return (row.get("validation robust", 0.0), row.get("validation clean", 0.0))
 
-    return "validation clean" not in history[-1] or all(score(history[-1]) > score(row) for row in history[:-1])
+    return "validation clean" not in history[-1] or all(
+        score(history[-1]) > score(row) for row in history[:-1]
+    )
 
 # %% ../nbs/00_core/04_training.ipynb #c29
 def digits_example(
-    objective: Objective = Standard(),  # noqa: B008
+    objective: Objective = Standard(),
     attack=None,  # the inner attack of an adversarial objective
     epochs: int = 12,
     seed: int = 0,
@@ -407,5 +441,11 @@ def digits_example(
     "A LeNet-5 trained on the embedded handwritten digits (28 x 28), and the test split."
     device = default_device()
     model = create("lenet5", classes=10, channels=1, size=28, seed=seed)
-    fit(model, load("digits", "train", device=device), objective, attack, Recipe(epochs=epochs, batch_size=64, seed=seed))
+    fit(
+        model,
+        load("digits", "train", device=device),
+        objective,
+        attack,
+        Recipe(epochs=epochs, batch_size=64, seed=seed),
+    )
     return model, load("digits", "test", device=device)

@@ -1,4 +1,4 @@
-"""The reference of a module, as Markdown: nbdev's `show_doc` for every exported symbol, with a renderer of the site's own.
+"""The reference of a module as Markdown: nbdev's `show_doc` for every exported symbol, with a renderer of its own.
 
 Types and defaults are shown as the source has them: `8 / 255`, not 0.03137254901960784.
 """
@@ -10,6 +10,7 @@ import re
 import textwrap
 from types import ModuleType
 
+import click
 from fastcore.docments import docments
 from nbdev.showdoc import show_doc
 
@@ -80,7 +81,11 @@ def of_fields(cls: type) -> list[Parameter]:
                 )
         if tree:
             with_details(list(found.values()), base)
-    initial = {f.name for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else set(cls._fields)
+    initial = (
+        {f.name for f in dataclasses.fields(cls) if f.init}
+        if dataclasses.is_dataclass(cls)
+        else set(cls._fields)
+    )
     return [p for name, p in found.items() if name in initial]
 
 
@@ -181,7 +186,6 @@ def constant(name: str, module: ModuleType, longest: int = 14) -> str:
 
 def command(name: str, sym: object, level: int) -> str:
     "A click command and its subcommands: what `--help` prints."
-    import click
 
     def helps(command: click.Command, path: str, parent: click.Context | None) -> list[str]:
         context = click.Context(command, info_name=path.split()[-1], parent=parent, max_content_width=WIDTH)
@@ -197,9 +201,13 @@ def symbol(name: str, module: ModuleType, label: str, level: int = 2) -> str:
     "One exported symbol with its public members; `label` is what links to it."
     sym = getattr(module, name)
     head = f"({label})=\n"
-    if type(sym).__module__.startswith("click"):
+    if isinstance(sym, click.Command):
         return head + command(name, sym, level)
-    if not (inspect.isclass(sym) or inspect.isroutine(sym) or inspect.isfunction(inspect.unwrap(sym) if callable(sym) else sym)):
+    if not (
+        inspect.isclass(sym)
+        or inspect.isroutine(sym)
+        or inspect.isfunction(inspect.unwrap(sym) if callable(sym) else sym)
+    ):
         return head + f"{'#' * level} {name}\n\n```python\n{constant(name, module)}\n```"
     parts = [head + show_doc(sym, renderer=SiteRenderer, name=name, title_level=level)._repr_markdown_()]
     for member, value in members(sym) if inspect.isclass(sym) else []:

@@ -26,6 +26,7 @@ suppress_warnings = []
 # notebooks are shown with the outputs they were committed with
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -70,7 +71,9 @@ class RoundReferenceStyle(AuthorYearReferenceStyle):
         )
 
 
-sphinxcontrib.bibtex.plugin.register_plugin("sphinxcontrib.bibtex.style.referencing", "round", RoundReferenceStyle)
+sphinxcontrib.bibtex.plugin.register_plugin(
+    "sphinxcontrib.bibtex.style.referencing", "round", RoundReferenceStyle
+)
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "round"
 bibtex_default_style = "plain"

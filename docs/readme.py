@@ -1,7 +1,7 @@
 """Write README.md from nbs/index.ipynb, or with `--check` say whether it is up to date.
 
-What a reader of the notebook does not need to see (directives, hidden cells) is left out as on the site, and links are turned
-round: the notebook's count from nbs/, the README's from the project's root.
+What a reader of the notebook does not need to see (directives, hidden cells) is left out as on the site, and links are
+turned round: the notebook's count from nbs/, the README's from the project's root.
 """
 
 import argparse
@@ -25,7 +25,11 @@ def readme(root: Path) -> str:
     "The text of README.md."
     notebook = shown(read_notebook(root / "nbs" / "index.ipynb"))
     change_markdown(notebook, lambda text: relink(text, "nbs", lambda path, part: existing(root, path, part)))
-    tags = {"remove_input_tags": {"remove-input"}, "remove_all_outputs_tags": {"remove-output"}, "enabled": True}
+    tags = {
+        "remove_input_tags": {"remove-input"},
+        "remove_all_outputs_tags": {"remove-output"},
+        "enabled": True,
+    }
     text, resources = MarkdownExporter(config=Config(TagRemovePreprocessor=tags)).from_notebook_node(notebook)
     if resources.get("outputs"):
         raise SiteError("nbs/index.ipynb has pictures in its outputs; link to files in the project instead")
@@ -36,7 +40,9 @@ def readme(root: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if README.md is not up to date"
+    )
     check = parser.parse_args().check
     path = ROOT / "README.md"
     try:
@@ -47,9 +53,13 @@ def main() -> None:
     if not check:
         path.write_text(text)
     elif before != text:
-        difference = list(unified_diff(before.splitlines(), text.splitlines(), "README.md", "nbs/index.ipynb", n=1))
+        difference = list(
+            unified_diff(before.splitlines(), text.splitlines(), "README.md", "nbs/index.ipynb", n=1)
+        )
         lines = "\n".join(difference[:30])
-        sys.exit(f"README.md is not what nbs/index.ipynb makes of it; write it with: python docs/readme.py\n{lines}")
+        sys.exit(
+            f"README.md is not what nbs/index.ipynb makes of it; write it with: python docs/readme.py\n{lines}"
+        )
 
 
 if __name__ == "__main__":

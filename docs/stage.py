@@ -1,8 +1,8 @@
 """Lay out the pages of the site, for Sphinx to render: `python docs/stage.py [--to _docs/pages]`.
 
-The notebooks are the source of everything. Their directives (`#| export`) are taken out of the shown code, hidden cells are
-dropped, names and citations become links, and every link is checked: a link to nothing ends the build. Only files whose
-content changed are written, so a second build renders only what changed.
+The notebooks are the source of everything. Their directives (`#| export`) are taken out of the shown code, hidden cells
+are dropped, names and citations become links, and every link is checked: a link to nothing ends the build. Only files
+whose content changed are written, so a second build renders only what changed.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
+import click
 import nbformat
 from nbformat import NotebookNode
 
@@ -27,14 +28,18 @@ ROOMS = {
     "50_afg": "AFG",
     "60_study": "Study",
 }
-PRESETS = ("paper", "cpu", "smoke")  # where an experiment has several results, links lead to the first of these
+PRESETS = (
+    "paper",
+    "cpu",
+    "smoke",
+)  # where an experiment has several results, links lead to the first of these
 
 
 class SiteError(Exception):
     "A page that cannot be made: the file and what is wrong with it."
 
 
-# --- notebooks ---------------------------------------------------------------------------------------------------------
+# --- notebooks ------------------------------------------------------------------------------------
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -65,9 +70,23 @@ def shown(notebook: NotebookNode) -> NotebookNode:
             tags.add("remove-input")
         if says.get("output") == "false" or "hide_output" in says:
             tags.add("remove-output")
-        cells.append(nbformat.from_dict({**old, "source": source, "metadata": {"tags": sorted(tags)}}))
+        cell = nbformat.from_dict({**old, "source": source, "metadata": {"tags": sorted(tags)}})
+        if cell.cell_type == "code":
+            cell.outputs = merged(cell.outputs)
+        cells.append(cell)
     metadata = {**notebook.metadata, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     return nbformat.from_dict({**notebook, "cells": cells, "metadata": metadata})
+
+
+def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    "The outputs with what was printed in several pieces put together."
+    whole: list[NotebookNode] = []
+    for output in outputs:
+        if whole and output.output_type == "stream" and whole[-1].get("name") == output.name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def heading(notebook: NotebookNode) -> tuple[str, str]:
@@ -97,11 +116,11 @@ def change_markdown(notebook: NotebookNode, change: Callable[[str], str]) -> Non
                 output.data["text/markdown"] = change("".join(output.data["text/markdown"]))
 
 
-# --- Markdown ----------------------------------------------------------------------------------------------------------
+# --- Markdown -------------------------------------------------------------------------------------
 
 TOKENS = re.compile(
     r"(?P<fence>^(?P<ticks>`{3,}|~{3,}).*?^(?P=ticks)[ \t]*$)"
-    r"|(?P<heading>^#{1,6} .*$)"
+    r"|(?P<heading>^#{1,6} [^\n]*$)"
     r"|(?P<math>\$\$.*?\$\$|\$[^$\n]+\$)"
     r"|(?P<link>!?\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^()\s]+)(?:\s+\"[^\"]*\")?\))"
     r"|(?P<code>`+[^`\n]+`+)",
@@ -157,11 +176,17 @@ def toctree(caption: str, pages: list[str], hidden: bool = True, depth: int = 1)
     "A table of contents; hidden ones make the sidebar."
     options = [f":caption: {caption}"] if caption else []
     options += [":hidden:"] if hidden else []
-    lines = ["```{toctree}", *options, f":maxdepth: {depth}", "", *(re.sub(r"\.(ipynb|md)$", "", p) for p in pages)]
+    lines = [
+        "```{toctree}",
+        *options,
+        f":maxdepth: {depth}",
+        "",
+        *(re.sub(r"\.(ipynb|md)$", "", p) for p in pages),
+    ]
     return "\n".join([*lines, "```"])
 
 
-# --- the site ----------------------------------------------------------------------------------------------------------
+# --- the site -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -224,11 +249,12 @@ class Site:
         "`Madry et al. 2018` and the like as a citation, where references.bib has it."
 
         def one(found: re.Match) -> str:
-            key = self.references.get((found[1], found[2]))
-            return f"{{cite:t}}`{key}`" if key else found[0]
+            key = self.references.get((found["author"], found["in_brackets"] or found["bare"]))
+            return f"{{cite:{'t' if found['in_brackets'] else 'alp'}}}`{key}`" if key else found[0]
 
-        author = r"\b([A-Z][\w-]+)(?: et al\.,?| and [A-Z][\w-]+)?"
-        return re.sub(author + r" \(?((?:19|20)\d\d)\b\)?", one, prose)
+        author = r"\b(?P<author>[A-Z][\w-]+)(?: et al\.,?| and [A-Z][\w-]+)? "
+        year = r"(?:19|20)\d\d"
+        return re.sub(author + rf"(?:\((?P<in_brackets>{year})\)|(?P<bare>{year})\b)", one, prose)
 
     def notebook(self, source: str, page: str, extra: Callable[[NotebookNode], None] | None = None) -> None:
         "Write the notebook `source` as `page`; `extra` may add cells of the site's own."
@@ -251,7 +277,7 @@ def files(folder: Path, pattern: str) -> list[Path]:
     return sorted(found, key=lambda p: (p.parent, p.stem != "index", p.name))
 
 
-# --- library rooms and their reference ---------------------------------------------------------------------------------
+# --- library rooms and their reference ------------------------------------------------------------
 
 
 @dataclass
@@ -293,6 +319,8 @@ def modules(site: Site, sources: list[str]) -> list[Module]:
         module = found[name] = Module(name, source, *heading(notebook))
         live = import_module(name)
         for symbol in getattr(live, "__all__", []):
+            if isinstance(getattr(live, symbol), click.Command) and symbol != "main":
+                continue  # the page of the command shows its subcommands
             home = getattr(getattr(live, symbol), "__module__", name)
             ours = home == name or not home.startswith("afgstudy.")
             (module.symbols if ours else module.elsewhere).append(symbol)
@@ -317,7 +345,12 @@ def reference(site: Site, module: Module) -> None:
     live = import_module(module.name)
     notebook = relative(site.shown_at[module.source], module.page)
     package = module.name.split(".")[-1]
-    lines = [f"({site.labels[module.name]})=", f"# {module.name}", "", f"> {module.subtitle}" if module.subtitle else ""]
+    lines = [
+        f"({site.labels[module.name]})=",
+        f"# {module.name}",
+        "",
+        f"> {module.subtitle}" if module.subtitle else "",
+    ]
     lines += ["", f"Explained, with examples and tests, in [{module.title}]({notebook})."]
     if module.elsewhere:
         names = ", ".join(f"[`{s}`](#{site.labels[s]})" for s in sorted(module.elsewhere) if s in site.labels)
@@ -332,12 +365,18 @@ def reference_index(site: Site, found: list[Module]) -> str:
     "Write the reference's own front page; every module in one line."
     rows = [f"| [`{m.name}`](#{site.labels[m.name]}) | {site.cite(m.subtitle)} |" for m in found]
     pages = [m.page.removeprefix("api/") for m in found]
-    text = ["# API", "", "Every exported name, by module: `from afgstudy.attacks import PGD`.", "", "| module | |"]
+    text = [
+        "# API",
+        "",
+        "Every exported name, by module: `from afgstudy.attacks import PGD`.",
+        "",
+        "| module | |",
+    ]
     site.write("api/index.md", "\n".join([*text, "|---|---|", *rows, "", toctree("", pages), ""]))
     return "api/index.md"
 
 
-# --- experiments -------------------------------------------------------------------------------------------------------
+# --- experiments ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -389,7 +428,10 @@ def facts(site: Site, result: Result, source: str) -> str:
     for _, path in links:
         site.shown_at.setdefault(path, f"files/{path}")
         site.write(f"files/{path}", (site.root / path).read_bytes())
-    where = " · ".join(f"[{text}]({relative(f'files/{path}', result.page)})" for text, path in links)
+    # as downloads: a plain link to a notebook would be one to its page
+    where = " · ".join(
+        f"{{download}}`{text} <{relative(f'files/{path}', result.page)}>`" for text, path in links
+    )
     return f":::{{admonition}} A committed run\n:class: note run\n{', '.join(parts)}.\n\n{where}\n:::"
 
 
@@ -415,12 +457,22 @@ def result_page(site: Site, result: Result, source: str) -> None:
         path = f"{result.folder}/figures/{figure['name']}.svg"
         if (site.root / path).is_file():
             lines += [f"![{figure.get('caption', '')}]({relative(f'files/{path}', result.page)})", ""]
-    lines += ["| dataset | method | attack | metric | published | measured | 95% interval | n |", "|---" * 8 + "|"]
+    lines += [
+        "| dataset | method | attack | metric | published | measured | 95% interval | n |",
+        "|---" * 8 + "|",
+    ]
     for row in result.record.get("rows", []):
-        numbers = ["–" if row.get(k) is None else f"{row[k]:.2f}" for k in ("published", "measured", "low", "high")]
+        numbers = [
+            "–" if row.get(k) is None else f"{row[k]:.2f}" for k in ("published", "measured", "low", "high")
+        ]
         interval = "–" if "–" in numbers[2:] else f"{numbers[2]} to {numbers[3]}"
         n = "–" if row.get("n") is None else f"{row['n']:,}"
-        cells = [*(str(row.get(k, "")) for k in ("dataset", "method", "attack", "metric")), *numbers[:2], interval, n]
+        cells = [
+            *(str(row.get(k, "")) for k in ("dataset", "method", "attack", "metric")),
+            *numbers[:2],
+            interval,
+            n,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     site.write(result.page, "\n".join(lines) + "\n")
 
@@ -463,7 +515,7 @@ def not_run(notebook: NotebookNode) -> None:
         notebook.cells.insert(1, markdown_cell(text))
 
 
-# --- everything --------------------------------------------------------------------------------------------------------
+# --- everything -----------------------------------------------------------------------------------
 
 
 def references(path: Path) -> dict[tuple[str, str], str]:
@@ -512,7 +564,9 @@ def build(root: Path, to: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Lay out the pages of the site.")
-    parser.add_argument("--to", type=Path, default=ROOT / "_docs" / "pages", help="where to (default: _docs/pages)")
+    parser.add_argument(
+        "--to", type=Path, default=ROOT / "_docs" / "pages", help="where to (default: _docs/pages)"
+    )
     to = parser.parse_args().to
     try:
         print(f"{build(ROOT, to)} pages in {to}")

@@ -59,12 +59,22 @@ def test_never_leaves_the_ball_or_the_image_range(attack, seed, trained):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("options", [{}, {"restarts": 3}, {"stop_on_success": True}, {"restarts": 2, "stop_on_success": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"restarts": 3}, {"stop_on_success": True}, {"restarts": 2, "stop_on_success": True}],
+    ids=str,
+)
 def test_an_image_never_depends_on_its_batch(norm, options, trained):
     model, x, y = trained
     double, x = model.double(), x[:6].double()
     try:
-        attack = PGD(eps=0.1 if norm == "linf" else 1.0, step_size=0.03 if norm == "linf" else 0.3, steps=8, norm=norm, **options)
+        attack = PGD(
+            eps=0.1 if norm == "linf" else 1.0,
+            step_size=0.03 if norm == "linf" else 0.3,
+            steps=8,
+            norm=norm,
+            **options,
+        )
         together = attack(double, x, y[:6], seeded())
         one_by_one = seeded()  # the generator gives one seed an image, in order
         alone = torch.cat([attack(double, x[i : i + 1], y[i : i + 1], one_by_one) for i in range(6)])
@@ -77,7 +87,9 @@ def test_an_image_never_depends_on_its_batch(norm, options, trained):
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_model_comes_out_as_it_went_in(kind, mode):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(4 * 36, 5)).train()
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(4 * 36, 5)
+    ).train()
     model[1].eval()
     model[0].weight.requires_grad_(False)
     model[5].bias.grad = torch.ones(5)
@@ -85,12 +97,14 @@ def test_the_model_comes_out_as_it_went_in(kind, mode):
     kind(eps=0.1)(model, torch.rand(4, 1, 8, 8), torch.arange(4), seeded(), mode=mode)
     assert [m.training for m in model] == [True, False, True, True, True, True] and model.training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
-    assert torch.equal(model[5].bias.grad, torch.ones(5)) and all(p.grad is None for p in list(model.parameters())[:-1])
+    assert torch.equal(model[5].bias.grad, torch.ones(5)) and all(
+        p.grad is None for p in list(model.parameters())[:-1]
+    )
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
 
 
 def test_the_model_is_restored_when_the_attack_fails(trained):
-    model, x, y = trained
+    model, x, _ = trained
     model.train()
     try:
         with pytest.raises(ValueError, match="classes 0 to 9"):
@@ -116,21 +130,33 @@ def test_pgd_without_random_start_is_foolboxs(norm, eps, step_size, trained):
     double = model.double()
     try:
         wrapped = foolbox.PyTorchModel(double, bounds=(0, 1), device="cpu")
-        theirs = peer(abs_stepsize=step_size, steps=20, random_start=False)(wrapped, x.double(), y, epsilons=eps)[0]
-        ours = PGD(eps=eps, step_size=step_size, steps=20, norm=norm, random_start=False)(double, x.double(), y)
+        theirs = peer(abs_stepsize=step_size, steps=20, random_start=False)(
+            wrapped, x.double(), y, epsilons=eps
+        )[0]
+        ours = PGD(eps=eps, step_size=step_size, steps=20, norm=norm, random_start=False)(
+            double, x.double(), y
+        )
         assert (ours - theirs).abs().max() < 1e-6
     finally:
         model.float()
     if norm == "linf":  # in float32 too: the sign forgives the last bits
-        theirs = peer(abs_stepsize=step_size, steps=20, random_start=False)(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)[0]
-        assert (PGD(eps=eps, step_size=step_size, steps=20, random_start=False)(model, x, y) - theirs).abs().max() < 1e-6
+        theirs = peer(abs_stepsize=step_size, steps=20, random_start=False)(
+            foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps
+        )[0]
+        assert (
+            PGD(eps=eps, step_size=step_size, steps=20, random_start=False)(model, x, y) - theirs
+        ).abs().max() < 1e-6
 
 
 def test_fgsm_and_bim_are_foolboxs(trained):
     model, x, y = trained
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
-    assert torch.equal(FGSM(eps=0.1)(model, x, y), foolbox.attacks.LinfFastGradientAttack()(wrapped, x, y, epsilons=0.1)[0])
-    theirs = foolbox.attacks.LinfBasicIterativeAttack(abs_stepsize=0.01, steps=15)(wrapped, x, y, epsilons=0.1)[0]
+    assert torch.equal(
+        FGSM(eps=0.1)(model, x, y), foolbox.attacks.LinfFastGradientAttack()(wrapped, x, y, epsilons=0.1)[0]
+    )
+    theirs = foolbox.attacks.LinfBasicIterativeAttack(abs_stepsize=0.01, steps=15)(
+        wrapped, x, y, epsilons=0.1
+    )[0]
     assert (BIM(eps=0.1, step_size=0.01, steps=15)(model, x, y) - theirs).abs().max() < 1e-6
 
 
@@ -172,7 +198,9 @@ def test_restarts_only_ever_help_the_attacker(trained):
     model, x, y = trained
     survivors = []
     for restarts in (1, 2, 5):
-        x_adv = PGD(eps=0.08, step_size=0.02, steps=6, restarts=restarts, stop_on_success=True)(model, x, y, seeded(1))
+        x_adv = PGD(eps=0.08, step_size=0.02, steps=6, restarts=restarts, stop_on_success=True)(
+            model, x, y, seeded(1)
+        )
         with torch.no_grad():
             survivors.append(set((model(x_adv).argmax(1) == y).nonzero().squeeze(1).tolist()))
     assert survivors[0] >= survivors[1] >= survivors[2]
@@ -183,7 +211,9 @@ def test_targeted_reaches_the_target_and_untargeted_lowers_the_margin(trained):
     target = (y + 3) % 10
     for loss in ("ce", "margin", "dlr"):
         if loss != "dlr":
-            x_adv = PGD(eps=0.35, step_size=0.02, steps=60, loss=loss, targeted=True)(model, x, target, seeded())
+            x_adv = PGD(eps=0.35, step_size=0.02, steps=60, loss=loss, targeted=True)(
+                model, x, target, seeded()
+            )
             with torch.no_grad():
                 assert (model(x_adv).argmax(1) == target).float().mean() > 0.7, loss
         x_adv = PGD(eps=0.1, step_size=0.02, steps=10, loss=loss)(model, x, y, seeded())
@@ -225,12 +255,23 @@ def test_nan_logits_raise(calls):
         (lambda: PGD(loss="dlr", targeted=True), "needs the true class"),
         (lambda: PGD(loss="mse"), "loss must be one of"),
         (lambda: PGD(restarts=2, random_start=False), "more than 1 needs random_start=True"),
-        (lambda: PGD()(lambda x: x.flatten(1), torch.rand(2, 1, 2, 2) * 255, torch.tensor([0, 1])), r"expected \[0, 1\]"),
+        (
+            lambda: PGD()(lambda x: x.flatten(1), torch.rand(2, 1, 2, 2) * 255, torch.tensor([0, 1])),
+            r"expected \[0, 1\]",
+        ),
         (lambda: PGD()(lambda x: x.flatten(1), torch.rand(2, 2, 2), torch.tensor([0, 1])), r"\[B, C, H, W\]"),
         (lambda: PGD()(lambda x: x.flatten(1), torch.rand(2, 1, 2, 2), torch.tensor([0.0, 1])), "int64"),
-        (lambda: PGD()(lambda x: x.flatten(1), torch.rand(2, 1, 2, 2), torch.tensor([0])), r"\[2\] of class indices"),
+        (
+            lambda: PGD()(lambda x: x.flatten(1), torch.rand(2, 1, 2, 2), torch.tensor([0])),
+            r"\[2\] of class indices",
+        ),
         (lambda: PGD()(lambda x: x, torch.rand(2, 1, 2, 2), torch.tensor([0, 1])), r"logits \[2, K\]"),
-        (lambda: PGD(loss="dlr")(lambda x: x.flatten(1)[:, :2], torch.rand(2, 1, 2, 2), torch.tensor([0, 1])), "3 classes"),
+        (
+            lambda: PGD(loss="dlr")(
+                lambda x: x.flatten(1)[:, :2], torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+            ),
+            "3 classes",
+        ),
     ],
 )
 def test_mistakes_are_refused_with_what_was_given(call, words):
@@ -243,7 +284,11 @@ def test_mistakes_are_refused_with_what_was_given(call, words):
 def test_noise_belongs_to_the_image(seed, draw, n):
     noise = ImageNoise(torch.arange(seed, seed + n))
     for i in range(n):
-        assert torch.equal(noise[torch.tensor([i])].uniform(draw, (2, 3)), noise.uniform(draw, (2, 3))[i : i + 1])
+        assert torch.equal(
+            noise[torch.tensor([i])].uniform(draw, (2, 3)), noise.uniform(draw, (2, 3))[i : i + 1]
+        )
     u = noise.uniform(draw, (64,), torch.float64)
-    assert (0 <= u).all() and (u < 1).all() and not torch.equal(u, noise.uniform(draw + 1, (64,), torch.float64))
+    assert (
+        (0 <= u).all() and (u < 1).all() and not torch.equal(u, noise.uniform(draw + 1, (64,), torch.float64))
+    )
     assert torch.equal(u.float(), noise.uniform(draw, (64,)))

@@ -64,7 +64,16 @@ def test_images_that_are_wrong_already_come_back_bit_for_bit(attack, trained):
     assert torch.equal(attack(model, x[wrong], y[wrong]), x[wrong])
 
 
-@pytest.mark.parametrize("attack", [DeepFool(), DeepFool("linf"), QUICK, CarliniWagner(steps=160, search_steps=2, step_size=0.1, initial_c=1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "attack",
+    [
+        DeepFool(),
+        DeepFool("linf"),
+        QUICK,
+        CarliniWagner(steps=160, search_steps=2, step_size=0.1, initial_c=1e-3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("every", [1, 8])
 def test_an_image_never_depends_on_its_batch(attack, every, trained, monkeypatch):
     "Also when finished images are held still and leave every eighth step only, as on a GPU."
@@ -87,15 +96,21 @@ class Watched(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 5))
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 5)
+        )
 
     def forward(self, x):
-        assert not any(p.requires_grad for p in self.parameters()), "gradients of parameters would be computed"
+        assert not any(p.requires_grad for p in self.parameters()), (
+            "gradients of parameters would be computed"
+        )
         assert not self.body[3].training
         return self.body(x)
 
 
-@pytest.mark.parametrize("what", [*MINIMAL, UniversalPerturbation(eps=0.2, passes=2)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "what", [*MINIMAL, UniversalPerturbation(eps=0.2, passes=2)], ids=lambda a: type(a).__name__
+)
 def test_the_model_comes_out_as_it_went_in(what):
     torch.manual_seed(0)
     model = Watched().train()
@@ -195,7 +210,9 @@ def test_deepfool_considers_the_likeliest_classes_only():
     near = DeepFool(candidates=None)(model, x, y)
     assert answers(model, near) == 2 and norms(near - x) < 0.2
     assert torch.equal(near, DeepFool(candidates=99)(model, x, y))
-    assert answers(model, DeepFool(candidates=2, steps=5)(model, x, y)) == 0, "class 1 lies beyond the range of the image"
+    assert answers(model, DeepFool(candidates=2, steps=5)(model, x, y)) == 0, (
+        "class 1 lies beyond the range of the image"
+    )
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -203,7 +220,9 @@ def test_deepfool_does_not_stall_where_clipping_eats_most_of_each_step(norm):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(100, 2, bias=False))
     weight = torch.linspace(0.5, 1.5, 100)
-    weight[:90] *= -1  # from class 0 to class 1: nine tenths of the pixels want to fall, and all of those are 0
+    weight[
+        :90
+    ] *= -1  # from class 0 to class 1: nine tenths of the pixels want to fall, and all of those are 0
     model[1].weight.data = torch.stack([-weight, weight])
     x = torch.cat([torch.zeros(90), torch.full((10,), 0.1)]).view(1, 1, 10, 10)
     model[1].bias = nn.Parameter(torch.tensor([10.0, 0.0]))
@@ -211,7 +230,9 @@ def test_deepfool_does_not_stall_where_clipping_eats_most_of_each_step(norm):
     assert answers(model, x) == 0
     x_adv = DeepFool(norm, steps=80)(model, x, y)
     assert answers(model, x_adv) == 1
-    best = ((10 - 2 * (weight[90:] * 0.1).sum()) / 2) / (weight[90:].norm() if norm == "l2" else weight[90:].sum())
+    best = ((10 - 2 * (weight[90:] * 0.1).sum()) / 2) / (
+        weight[90:].norm() if norm == "l2" else weight[90:].sum()
+    )
     assert norms(x_adv - x, norm) < 1.03 * best
 
 
@@ -245,7 +266,9 @@ def test_deepfool_pays_for_an_image_until_it_is_fooled(trained):
         own.append((passes.forward_rows, passes.backward_rows))
     forward, backward = map(sum, zip(*own, strict=True))
     assert own[7] == (1, 0), "an image that is wrong already costs one look"
-    assert all(9 <= b <= 9 * (f - 1) for f, b in own[:7]), "one look more than steps, at most nine class differences a step"
+    assert all(9 <= b <= 9 * (f - 1) for f, b in own[:7]), (
+        "one look more than steps, at most nine class differences a step"
+    )
     with count_passes(model) as passes:
         DeepFool()(model, x[:24], y[:24])
     assert forward <= passes.forward_rows <= 2 * forward
@@ -265,7 +288,9 @@ def test_deepfool_skips_no_class_that_matters(norm, trained):
     model.double()
     try:
         x, y = x[:40].double(), y[:40]
-        assert torch.allclose(DeepFool(norm)(model, x, y), DeepFool(norm, growth=math.inf)(model, x, y), rtol=0, atol=1e-12)
+        assert torch.allclose(
+            DeepFool(norm)(model, x, y), DeepFool(norm, growth=math.inf)(model, x, y), rtol=0, atol=1e-12
+        )
     finally:
         model.float()
 
@@ -285,10 +310,14 @@ def compare_carlini(model, x, y, steps, rounds):
     x, y = x[right], y[right]
     settings = dict(steps=steps, abort_early=True)
     x_adv = CarliniWagner(search_steps=rounds, step_size=0.05, initial_c=1.0, **settings)(model, x, y)
-    kind = foolbox.attacks.L2CarliniWagnerAttack(binary_search_steps=rounds, stepsize=0.05, initial_const=1.0, **settings)
+    kind = foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=rounds, stepsize=0.05, initial_const=1.0, **settings
+    )
     reference = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     x_fool = kind.run(reference, x, foolbox.criteria.Misclassification(y))
-    success = (answers(model, x_fool) != y) & (x_fool.flatten(1).amax(1) > 0)  # foolbox gives a black image where it fails
+    success = (answers(model, x_fool) != y) & (
+        x_fool.flatten(1).amax(1) > 0
+    )  # foolbox gives a black image where it fails
     assert success.float().mean() > 0.9
     assert (answers(model, x_adv) != y)[success].all()
     assert norms(x_adv - x)[success].mean() <= 1.01 * norms(x_fool - x)[success].mean()
@@ -305,7 +334,10 @@ def test_carlini_with_confidence_and_targets(targeted, trained):
     x, y = x[8:16], y[8:16]
     label = (answers(model, x) + 3) % 10 if targeted else y
     attack = CarliniWagner(steps=80, search_steps=3, step_size=0.1, initial_c=10.0, targeted=targeted)
-    plain, sure = attack(model, x, label), CarliniWagner(**{**vars(attack), "confidence": 3.0})(model, x, label)
+    plain, sure = (
+        attack(model, x, label),
+        CarliniWagner(**{**vars(attack), "confidence": 3.0})(model, x, label),
+    )
     with torch.no_grad():
         logits = model(sure)
     found = norms(sure - x) > 0
@@ -351,7 +383,9 @@ def test_carlini_costs_one_forward_and_at_most_one_backward_row_a_step(trained):
     full = CarliniWagner(steps=30, search_steps=2, step_size=0.05, initial_c=0.1, abort_early=False)
     with count_passes(model) as passes:
         full(model, x, y)
-    assert n + 60 * todo <= passes.forward_rows <= n + 66 * todo, "the rest are images whose margin was misjudged"
+    assert n + 60 * todo <= passes.forward_rows <= n + 66 * todo, (
+        "the rest are images whose margin was misjudged"
+    )
     assert 30 * todo < passes.backward_rows < 60 * todo, "no backward pass where the hinge is flat"
     patient = dict(steps=300, search_steps=1, step_size=0.1, initial_c=1e-3)  # c so small that little happens
     with count_passes(model) as passes:
@@ -377,8 +411,14 @@ def test_universal_is_one_perturbation_inside_its_ball(norm, eps, trained):
     changed = (answers(model, fitted(model, x, y)) != answers(model, x)).float().mean().item()
     assert changed == pytest.approx(fitted.fooling_rate)
     again = setting.fit(model, [(x[i : i + 15], y[i : i + 15]) for i in range(0, 60, 15)], seeded())
-    assert torch.equal(again.perturbation, fitted.perturbation) and again.fooling_rates == fitted.fooling_rates
-    noise = torch.randn(v.shape, generator=seeded()).sign() * eps if norm == "linf" else torch.randn(v.shape, generator=seeded())
+    assert (
+        torch.equal(again.perturbation, fitted.perturbation) and again.fooling_rates == fitted.fooling_rates
+    )
+    noise = (
+        torch.randn(v.shape, generator=seeded()).sign() * eps
+        if norm == "linf"
+        else torch.randn(v.shape, generator=seeded())
+    )
     noise = project_perturbation(noise, eps, norm)
     assert changed > 2 * (answers(model, (x + noise).clamp(0, 1)) != answers(model, x)).float().mean()
     assert changed > 0.2 and passes.forward_rows > 60
@@ -405,7 +445,11 @@ def test_universal_stops_at_its_rate_and_takes_an_iterator(trained):
     model, x, y = trained
     setting = UniversalPerturbation(eps=0.3, passes=8, target_rate=0.2)
     fitted = setting.fit(model, iter(x.split(20)), seeded())
-    assert len(fitted.fooling_rates) < 8 and fitted.fooling_rates[-1] >= 0.2 and max(fitted.fooling_rates[:-1], default=0) < 0.2
+    assert (
+        len(fitted.fooling_rates) < 8
+        and fitted.fooling_rates[-1] >= 0.2
+        and max(fitted.fooling_rates[:-1], default=0) < 0.2
+    )
     with pytest.raises(ValueError, match="no images"):
         setting.fit(model, iter(()))
     with pytest.raises(ValueError, match="fitted for images"):

@@ -78,7 +78,7 @@ def test_allconv_averages_six_by_six_class_maps():
     assert found["conv9"].shape == (2, 10, 6, 6)  # Springenberg et al. 2015, Table 1
 
 
-@pytest.mark.parametrize("name", [*OWN, *PAPERS])
+@pytest.mark.parametrize("name", [*OWN, *(n for n in PAPERS if n != "resnet152")])  # resnet50, but longer
 def test_logits_and_gradients(name):
     model, x = models.create(name, classes=7, seed=0), images().requires_grad_()
     logits = model(x)
@@ -89,7 +89,7 @@ def test_logits_and_gradients(name):
     assert (x.grad.flatten(1).abs().amax(1) > 0).all()
 
 
-@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 1), (96, 3), (224, 1)])
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 1), (96, 3)])
 def test_every_size_and_grey_images(size, channels):
     with torch.device("meta"):  # `create` itself checks the form of the logits
         for name in [*OWN, *PAPERS]:

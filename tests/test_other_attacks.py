@@ -1,6 +1,5 @@
 """PixelAttack, SpatialTransform, AutoAttack, DDN and the hooks: promises as properties, parity, counts."""
 
-import importlib
 import sys
 import warnings
 from contextlib import nullcontext
@@ -15,6 +14,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from afgstudy.attacks.base import ImageNoise, cross_entropy, input_gradient, margin
+from afgstudy.attacks.carlini import CarliniWagner
+from afgstudy.attacks.deepfool import DeepFool
 from afgstudy.attacks.gradient import BIM, FGSM, MIFGSM, PGD
 from afgstudy.attacks.hooks import BPDA, ExpectationOverTransformation
 from afgstudy.attacks.libraries import DDN, AutoAttack, AutoAttackWarning, Pipeline, _Ear, build
@@ -25,7 +26,13 @@ ULP = 2.0**-23
 QUICK_AA = dict(steps=5, queries=20)
 PIXEL = PixelAttack(pixels=3, population=16, steps=4)
 SPATIAL = SpatialTransform(steps=12, searches=2)
-ALL = [PIXEL, SPATIAL, DDN(steps=12), AutoAttack(eps=0.1, **QUICK_AA), AutoAttack(eps=2.5, norm="l2", **QUICK_AA)]
+ALL = [
+    PIXEL,
+    SPATIAL,
+    DDN(steps=12),
+    AutoAttack(eps=0.1, **QUICK_AA),
+    AutoAttack(eps=2.5, norm="l2", **QUICK_AA),
+]
 TARGETED = [
     PixelAttack(pixels=3, population=16, steps=4, targeted=True),
     SpatialTransform(steps=12, targeted=True),
@@ -52,7 +59,12 @@ def trained():
         mixed = torch.randperm(len(x))
         x, labels = x[mixed], labels[mixed]
         model = nn.Sequential(
-            nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10)
+            nn.Conv2d(1, 8, 5, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(400, 10),
         )
         optimiser = torch.optim.Adam(model.parameters(), 3e-3)
         for _ in range(6):
@@ -78,7 +90,12 @@ def double(trained):
 
 
 @settings(max_examples=15, deadline=None)
-@given(attack=st.sampled_from(ALL + TARGETED), seed=st.integers(0, 2**31), first=st.integers(0, 50), size=st.integers(1, 6))
+@given(
+    attack=st.sampled_from(ALL + TARGETED),
+    seed=st.integers(0, 2**31),
+    first=st.integers(0, 50),
+    size=st.integers(1, 6),
+)
 def test_stays_in_range_and_is_reproducible(attack, seed, first, size, trained):
     model, x, y = trained
     x, y = x[first : first + size], y[first : first + size]
@@ -122,7 +139,14 @@ def test_an_image_that_is_already_its_target_comes_back_unchanged(attack, traine
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_model_comes_out_as_it_went_in(attack, mode):
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(4 * 36, 5)
+    layers = (
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 5),
+    )
     model = nn.Sequential(*layers).train()
     model[1].eval()
     model[0].weight.requires_grad_(False)
@@ -134,7 +158,9 @@ def test_the_model_comes_out_as_it_went_in(attack, mode):
         attack(model, x, answers(model, x), seeded(), mode=mode)
     assert [m.training for m in model] == [True, False, True, True, True, True] and model.training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
-    assert torch.equal(model[5].bias.grad, torch.ones(5)) and all(p.grad is None for p in list(model.parameters())[:-1])
+    assert torch.equal(model[5].bias.grad, torch.ones(5)) and all(
+        p.grad is None for p in list(model.parameters())[:-1]
+    )
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
 
 
@@ -175,7 +201,7 @@ def test_labels_and_images_are_checked(attack, trained):
 
 @pytest.mark.parametrize("attack", ALL, ids=repr)
 def test_works_inside_inference_mode_and_on_channels_last(attack, trained):
-    model, x, y = trained
+    model, x, _ = trained
     coloured = nn.Sequential(nn.Conv2d(3, 1, 1), model).eval()
     images = x[:3].expand(3, 3, 28, 28).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -242,13 +268,21 @@ def test_an_image_never_depends_on_its_batch(attack, double):
 
 
 @settings(max_examples=20, deadline=None)
-@given(pixels=st.integers(1, 6), channels=st.sampled_from([1, 3]), height=st.integers(3, 9), width=st.integers(3, 9), seed=st.integers(0, 999))
+@given(
+    pixels=st.integers(1, 6),
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(3, 9),
+    width=st.integers(3, 9),
+    seed=st.integers(0, 999),
+)
 def test_at_most_k_pixels_change(pixels, channels, height, width, seed):
     x = torch.rand(5, channels, height, width, generator=seeded(seed))
     linear = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 3))
     x_adv = PixelAttack(pixels=pixels, population=8, steps=3)(linear, x, answers(linear, x), seeded(seed))
     changed = (x_adv != x).any(1).flatten(1).sum(1)
-    assert changed.max() <= pixels and changed.min() >= 1  # nobody was misclassified: everybody gets a best candidate
+    assert (
+        changed.max() <= pixels and changed.min() >= 1
+    )  # nobody was misclassified: everybody gets a best candidate
     assert 0 <= x_adv.min() and x_adv.max() <= 1
 
 
@@ -298,7 +332,7 @@ def test_log_odds_order_as_the_probability_does(logits, scale):
 
 
 class Scripted:
-    "Class 0 for every row, except that image i is fooled in generation `when[i]`. Remembers what it was shown."
+    "Class 0 for every row, except that image i is fooled in generation `when[i]`. Counts its rows."
 
     def __init__(self, when, population):
         self.when, self.population, self.rows, self.generation = when, population, [], -1
@@ -319,7 +353,7 @@ class Scripted:
 @settings(max_examples=20, deadline=None)
 @given(when=st.lists(st.integers(0, 6), min_size=1, max_size=6), population=st.integers(4, 12))
 def test_forward_rows_are_exactly_those_of_the_design(when, population):
-    "Clean images once; then `population` rows for every image still in the game: founders, then one generation after another."
+    "Clean images once; then `population` rows for every image still in the game in every generation."
     steps = 5  # an image scripted for generation 6 resists to the end
     x, y = torch.full((len(when), 1, 5, 5), 0.5), torch.zeros(len(when), dtype=torch.int64)
     model = Scripted(when, population)
@@ -337,7 +371,8 @@ def test_rows_in_one_pass_are_limited_and_do_not_matter(double):
         return model(images)
 
     whole, parts = (
-        PixelAttack(pixels=5, population=30, steps=6, batch_rows=rows)(watched, x, y, seeded()) for rows in (1000, 7)
+        PixelAttack(pixels=5, population=30, steps=6, batch_rows=rows)(watched, x, y, seeded())
+        for rows in (1000, 7)
     )
     assert torch.allclose(whole, parts, rtol=0, atol=1e-12)
     assert max(seen) > 100 and seen[-1] <= 7
@@ -371,7 +406,10 @@ def test_evolution_finds_the_best_pixel_there_is():
         x, y = x[keep], y[keep]
         places = torch.arange(6, dtype=torch.float64) / 6 + 0.01
         every = torch.cartesian_prod(places, places, torch.linspace(0, 1, 21, dtype=torch.float64))
-        lowest = [log_odds(confident(paint(i.repeat(len(every), 1, 1, 1), every)), y[:1].expand(len(every))).min() for i in x]
+        lowest = [
+            log_odds(confident(paint(i.repeat(len(every), 1, 1, 1), every)), y[:1].expand(len(every))).min()
+            for i in x
+        ]
         reached = log_odds(confident(PixelAttack(population=100, steps=40)(confident, x, y, seeded())), y)
     assert torch.allclose(reached, torch.stack(lowest), atol=1e-6)
 
@@ -395,7 +433,13 @@ def test_pixels_reach_the_class_they_aim_at():
 
 
 @settings(max_examples=20, deadline=None)
-@given(down=st.integers(-3, 3), right=st.integers(-3, 3), channels=st.sampled_from([1, 3]), height=st.integers(2, 9), width=st.integers(2, 9))
+@given(
+    down=st.integers(-3, 3),
+    right=st.integers(-3, 3),
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(2, 9),
+    width=st.integers(2, 9),
+)
 def test_a_constant_flow_shifts_and_repeats_the_border(down, right, channels, height, width):
     x = torch.rand(2, channels, height, width, dtype=torch.float64)
     flow = torch.tensor([down, right], dtype=torch.float64).view(1, 2, 1, 1).expand(2, 2, height, width)
@@ -405,7 +449,11 @@ def test_a_constant_flow_shifts_and_repeats_the_border(down, right, channels, he
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 999), scale=st.sampled_from([0.1, 3.0, 100.0]), size=st.tuples(st.integers(1, 7), st.integers(1, 7)))
+@given(
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([0.1, 3.0, 100.0]),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+)
 def test_a_bent_image_stays_between_its_extremes(seed, scale, size):
     x = torch.rand(2, 3, *size, generator=seeded(seed))
     bent = warp(x, scale * torch.randn(2, 2, *size, generator=seeded(seed + 1)))
@@ -445,9 +493,9 @@ def test_variation_has_a_gradient_at_zero():
 def test_flows_fool_and_explain_the_images(trained):
     model, x, y = trained
     right = answers(model, x) == y
-    attack = SpatialTransform()
+    x, y, right = x[:24], y[:24], right[:24]
+    attack = SpatialTransform(searches=2, steps=60)
     x_adv, flow = attack.with_flow(model, x, y, seeded())
-    assert torch.equal(x_adv, attack(model, x, y))
     assert (answers(model, x_adv)[right] != y[right]).float().mean() > 0.9
     assert flow[~right].abs().sum() == 0 and torch.allclose(warp(x, flow).clamp(0, 1)[right], x_adv[right])
     assert flow.abs().max() < 14
@@ -455,10 +503,12 @@ def test_flows_fool_and_explain_the_images(trained):
 
 def test_more_searches_are_never_worse(trained):
     model, x, y = trained
-    x, y = x[:20], answers(model, x[:20])
+    x, y = x[:12], answers(model, x[:12])
     fooled, variation = [], []
     for searches in (1, 2, 4):
-        x_adv, flow = SpatialTransform(tau=2.0, steps=40, searches=searches).with_flow(model, x, y)
+        x_adv, flow = SpatialTransform(tau=0.3, steps=40, step_size=0.02, searches=searches).with_flow(
+            model, x, y
+        )
         fooled.append(answers(model, x_adv) != y)
         variation.append(flow_variation(flow))
     assert fooled[0].sum() < fooled[2].sum()
@@ -469,12 +519,12 @@ def test_more_searches_are_never_worse(trained):
 
 def test_kappa_asks_for_a_margin_and_targets_are_reached(trained):
     model, x, y = trained
-    x, y = x[:20], answers(model, x[:20])
-    x_adv = SpatialTransform(kappa=2.0, tau=0.01, searches=1)(model, x, y)
+    x, y = x[:12], answers(model, x[:12])
+    x_adv = SpatialTransform(kappa=2.0, tau=0.01, searches=1, steps=60)(model, x, y)
     left = margin(model(x_adv), y)
     assert (left <= -2 + 1e-4).float().mean() > 0.9
     target = (y + 1) % 10
-    x_adv = SpatialTransform(targeted=True, tau=0.005)(model, x, target)
+    x_adv = SpatialTransform(targeted=True, tau=0.005, searches=1)(model, x, target)
     assert (answers(model, x_adv) == target).float().mean() > 0.7
 
 
@@ -498,22 +548,28 @@ def test_an_image_that_is_done_leaves_the_batch(trained):
 # ---------------------------------------------------------------- AutoAttack
 
 
-def direct(model, x, y, seed, norm, eps, queries, batch_size):
-    "pyautoattack as its documentation calls it."
+def direct(model, x, y, seed, norm, eps, batch_size):
+    "pyautoattack as its documentation calls it, but with 100 queries of Square and 20 iterations."
     with torch.random.fork_rng(devices=[]):
-        theirs = pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=seed, version="standard", device="cpu")
-        theirs.square.n_queries = queries
+        theirs = pyautoattack.AutoAttack(
+            model, norm=norm, eps=eps, seed=seed, version="standard", device="cpu"
+        )
+        theirs.square.n_queries, theirs.fab.n_iter = 100, 20
+        for part in (theirs.apgd, theirs.apgd_targeted):  # what APGD makes of n_iter=20 in its constructor
+            part.n_iter, part.n_iter_orig, part.n_iter_2, part.n_iter_min, part.size_decr = 20, 20, 4, 1, 1
         return theirs.run_standard_evaluation(x, y, batch_size=batch_size)
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.2)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.07), ("l2", 1.2)])
 def test_autoattack_is_pyautoattack(norm, eps, trained):
-    "The same images, bit for bit (100 queries of Square instead of 5,000, for time)."
+    "The same images, bit for bit."
     model, x, y = trained
-    x, y = x[:9], y[:9]
-    seed = int(ImageNoise.draw(9, seeded(5), x.device).seeds[0])
-    ours = AutoAttack(eps=eps, norm=norm, batch_size=5, queries=100).evaluate(model, x, y, seeded(5))
-    theirs, labels = direct(model, x, y, seed, {"linf": "Linf", "l2": "L2"}[norm], eps, 100, 5)
+    x, y = x[:7], y[:7]
+    seed = int(ImageNoise.draw(7, seeded(5), x.device).seeds[0])
+    ours = AutoAttack(eps=eps, norm=norm, batch_size=5, steps=20, queries=100).evaluate(
+        model, x, y, seeded(5)
+    )
+    theirs, labels = direct(model, x, y, seed, {"linf": "Linf", "l2": "L2"}[norm], eps, 5)
     model.zero_grad(set_to_none=True)
     assert torch.equal(ours.x_adv, theirs) and torch.equal(ours.robust, labels == y)
     robust = ours.robust.float().mean().item()
@@ -554,16 +610,24 @@ def test_autoattack_takes_float64_and_gives_it_back(double):
     assert (result.x_adv - x[:8]).abs().max() <= 0.06 + ULP
 
 
-@pytest.mark.parametrize(("classes", "parts"), [(2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "apgd-dlr", "fab-t", "square"])])
+@pytest.mark.parametrize(
+    ("classes", "parts"),
+    [(2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "apgd-dlr", "fab-t", "square"])],
+)
 def test_few_classes_get_the_attacks_that_exist_for_them(classes, parts):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
     x = torch.rand(6, 1, 8, 8)
-    with pytest.warns(AutoAttackWarning, match=f"the model has {classes}"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         result = AutoAttack(eps=0.02, **QUICK_AA).evaluate(model, x, answers(model, x), seeded())
-    assert list(result.accuracy) == ["clean", *parts] and any("DLR" in f for f in result.flags)
+    assert list(result.accuracy) == ["clean", *parts]
+    assert any(f"the model has {classes}" in flag for flag in result.flags)
+    assert [str(w.message) for w in caught] == [f"AutoAttack: {flag}" for flag in result.flags]
     with pytest.raises(ValueError, match="2 classes or more"):
-        AutoAttack(eps=0.02)(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), x, torch.zeros(6, dtype=torch.int64))
+        AutoAttack(eps=0.02)(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), x, torch.zeros(6, dtype=torch.int64)
+        )
     if classes == 2:
         with pytest.raises(ValueError, match="can be run"):
             AutoAttack(attacks=("apgd-dlr",))(model, x, answers(model, x))
@@ -572,10 +636,19 @@ def test_few_classes_get_the_attacks_that_exist_for_them(classes, parts):
 @pytest.mark.parametrize(("classes", "targets"), [(4, 3), (6, 5), (10, 9), (50, 9)])
 def test_there_are_as_many_targets_as_other_classes(classes, targets):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
-    adversary = build(AutoAttack(), Pipeline(model), torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), 0, _Ear(False))
+    adversary = build(
+        AutoAttack(),
+        Pipeline(model),
+        torch.rand(2, 1, 4, 4),
+        torch.zeros(2, dtype=torch.int64),
+        0,
+        _Ear(False),
+    )
     assert adversary.apgd_targeted.n_target_classes == adversary.fab.n_target_classes == targets
     assert adversary.square.n_queries == 5000 and adversary.apgd.n_iter == adversary.fab.n_iter == 100
-    fresh = pyautoattack.AutoAttack(model, eps=8 / 255, seed=0)  # our way of setting the iterations changes nothing at 100
+    fresh = pyautoattack.AutoAttack(
+        model, eps=8 / 255, seed=0
+    )  # our way of setting the iterations changes nothing at 100
     for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr", "n_restarts", "eot_iter"):
         assert getattr(adversary.apgd, name) == getattr(fresh.apgd, name)
 
@@ -656,8 +729,12 @@ def test_ddn_is_foolboxs(targeted, trained):
     model, x, y = trained
     y = (y + 1) % 10 if targeted else y
     ours = DDN(steps=40, targeted=targeted)(model, x, y, seeded())
-    criterion = (foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification)(y)
-    theirs, _, success = foolbox.attacks.DDNAttack(steps=40)(foolbox.PyTorchModel(model, (0, 1)), x, criterion, epsilons=None)
+    criterion = (
+        foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification
+    )(y)
+    theirs, _, success = foolbox.attacks.DDNAttack(steps=40)(
+        foolbox.PyTorchModel(model, (0, 1)), x, criterion, epsilons=None
+    )
     model.zero_grad(set_to_none=True)
     assert torch.equal(ours, theirs.clamp(0, 1))
     reached = (answers(model, ours) == y) == targeted
@@ -681,7 +758,11 @@ def four_levels(images):
 
 def test_bpda_has_the_steps_value_and_the_stand_ins_gradient():
     x = torch.rand(3, 2, 5, 5, requires_grad=True)
-    for smooth, slope in ((None, torch.ones_like(x)), (torch.square, 2 * x.detach()), (four_levels, torch.zeros_like(x))):
+    for smooth, slope in (
+        (None, torch.ones_like(x)),
+        (torch.square, 2 * x.detach()),
+        (four_levels, torch.zeros_like(x)),
+    ):
         out = BPDA(four_levels, smooth)(x)
         assert torch.equal(out, four_levels(x.detach()))
         (gradient,) = torch.autograd.grad(out.sum(), x)
@@ -690,7 +771,7 @@ def test_bpda_has_the_steps_value_and_the_stand_ins_gradient():
     assert torch.equal(torch.autograd.grad(untouched(x).sum(), x)[0], torch.ones_like(x))
     with torch.no_grad():
         assert not BPDA(four_levels)(x).requires_grad
-    with pytest.raises(ValueError, match="shape|stand-in"):
+    with pytest.raises(ValueError, match="stand-in"):
         BPDA(lambda images: images[..., ::2])(x)
 
 
@@ -706,11 +787,6 @@ def test_bpda_takes_steps_that_are_not_torch(trained):
     assert (answers(pipeline, x_adv) == y).float().mean() < 0.5 * (answers(pipeline, x) == y).float().mean()
 
 
-def library_of(name, kind, **options):
-    "An attack of a module that another part of the library brings."
-    return lambda: getattr(importlib.import_module(f"afgstudy.attacks.{name}"), kind)(**options)
-
-
 EVERY = {
     "FGSM": lambda: FGSM(eps=0.2),
     "BIM": lambda: BIM(eps=0.2, step_size=0.02, steps=15),
@@ -719,6 +795,8 @@ EVERY = {
     "SpatialTransform": lambda: SpatialTransform(tau=0.01, searches=1, steps=60),
     "AutoAttack": lambda: AutoAttack(eps=0.2, attacks=("apgd-ce",), steps=15),
     "DDN": lambda: DDN(steps=40),
+    "DeepFool": lambda: DeepFool(steps=30),
+    "CarliniWagner": lambda: CarliniWagner(steps=40, search_steps=3, step_size=0.1, initial_c=1.0),
 }
 
 
@@ -726,7 +804,10 @@ EVERY = {
 def test_every_gradient_attack_takes_bpda(name, trained):
     model, x, y = trained
     x, y, attack = x[:20], y[:20], EVERY[name]()
-    shattered, wrapped = nn.Sequential(BPDA(four_levels, four_levels), model), nn.Sequential(BPDA(four_levels), model)
+    shattered, wrapped = (
+        nn.Sequential(BPDA(four_levels, four_levels), model),
+        nn.Sequential(BPDA(four_levels), model),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AutoAttackWarning)
         blind, informed = (attack(m, x, y, seeded()) for m in (shattered, wrapped))
@@ -753,7 +834,7 @@ def test_every_gradient_attack_takes_expectation(name, trained):
 
 
 def test_the_averages_are_what_they_say(trained):
-    model, x, _ = trained
+    _, x, _ = trained
     x = x[:5].double()
     tables = torch.randn(6, 5, 10, dtype=torch.float64, generator=seeded())
 
@@ -764,7 +845,9 @@ def test_the_averages_are_what_they_say(trained):
     with torch.no_grad():
         probability = ExpectationOverTransformation(answering(), 6)(x)
         logits = ExpectationOverTransformation(answering(), 6, "logits")(x)
-    assert torch.allclose(probability.exp(), tables.softmax(-1).mean(0)) and torch.allclose(logits, tables.mean(0))
+    assert torch.allclose(probability.exp(), tables.softmax(-1).mean(0)) and torch.allclose(
+        logits, tables.mean(0)
+    )
     y = torch.arange(5)
     expected = -tables.softmax(-1).mean(0).gather(1, y[:, None]).log().squeeze(1)
     assert torch.allclose(cross_entropy(probability, y), expected)
@@ -784,7 +867,9 @@ def test_more_calls_bring_the_gradient_nearer_to_the_truth(trained):
         return model(images * (torch.rand_like(images) < 0.3) / 0.3)
 
     def gradient(calls, seed):
-        return input_gradient(ExpectationOverTransformation(dropping, calls, seed=seed), x, y, cross_entropy)[0].flatten(1)
+        return input_gradient(ExpectationOverTransformation(dropping, calls, seed=seed), x, y, cross_entropy)[
+            0
+        ].flatten(1)
 
     truth = gradient(300, 0)
     one, eight, many = (nn.functional.cosine_similarity(gradient(k, 1), truth).median() for k in (1, 8, 64))
@@ -812,5 +897,9 @@ def test_hooks_are_modules_that_attacks_freeze_and_restore(trained):
     stand_in = nn.Conv2d(1, 1, 1)
     pipeline = ExpectationOverTransformation(nn.Sequential(BPDA(four_levels, stand_in), model), 2).train()
     PGD(eps=0.1, steps=2)(pipeline, x[:4], y[:4], seeded())
-    assert pipeline.training and stand_in.training and all(p.requires_grad and p.grad is None for p in pipeline.parameters())
+    assert (
+        pipeline.training
+        and stand_in.training
+        and all(p.requires_grad and p.grad is None for p in pipeline.parameters())
+    )
     model.eval()

@@ -43,7 +43,11 @@ def copy(project, tmp_path_factory) -> Path:
 
 
 def contents(folder: Path, pattern: str) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob(pattern)) if "__pycache__" not in p.parts}
+    return {
+        str(p.relative_to(folder)): p.read_text()
+        for p in sorted(folder.rglob(pattern))
+        if "__pycache__" not in p.parts
+    }
 
 
 def test_package_is_what_the_notebooks_export(copy, project):
@@ -63,7 +67,9 @@ def test_notebooks_are_clean(copy, project):
 
 
 def notebooks(project, folder=""):
-    return [p for p in sorted((project / "nbs" / folder).rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    return [
+        p for p in sorted((project / "nbs" / folder).rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
+    ]
 
 
 def test_every_experiment_keeps_its_parameters_tag(project):
@@ -90,7 +96,10 @@ def test_nothing_names_the_machine_it_was_made_on(project):
     marks = re.compile(r"/home/\w|/root/|/tmp/\w|/work/|/Users/\w")
     for name in files:
         path = project / name
-        if path.suffix in {".ipynb", ".json", ".md", ".py", ".yaml", ".yml", ".ini", ".svg"} and name != "tests/test_project.py":
+        if (
+            path.suffix in {".ipynb", ".json", ".md", ".py", ".yaml", ".yml", ".ini", ".svg"}
+            and name != "tests/test_project.py"
+        ):
             found = marks.search(path.read_text())
             assert not found, f"{name}: {found.group(0)!r}"
 
@@ -110,14 +119,26 @@ def test_installed_versions_are_the_pinned_ones(project):
     cfg, exact = settings(project), pins(project)
     for requirement in map(Requirement, cfg["requirements"].split()):
         name = canonicalize_name(requirement.name)
-        assert version(name).split("+")[0] == exact[name], f"{name} {version(name)} is installed, {exact[name]} is pinned"
+        assert version(name).split("+")[0] == exact[name], (
+            f"{name} {version(name)} is installed, {exact[name]} is pinned"
+        )
 
 
 def test_readme_is_the_index_notebook(project, tmp_path):
     made = subprocess.run(
-        [sys.executable, project / "docs" / "readme.py", "--check"], cwd=project, capture_output=True, text=True, timeout=120
+        [sys.executable, project / "docs" / "readme.py", "--check"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert made.returncode == 0, made.stderr or made.stdout
+
+
+def test_notebooks_tests_and_tools_pass_the_linter(project):
+    checked = [sys.executable, "-m", "ruff", "check", "--no-cache", "nbs", "tests", "docs", "setup.py"]
+    found = subprocess.run(checked, cwd=project, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stdout
 
 
 def test_every_command_of_the_readme_is_a_make_target(project):
@@ -128,17 +149,24 @@ def test_every_command_of_the_readme_is_a_make_target(project):
 
 def test_wheel_works_outside_the_checkout(project, tmp_path):
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".*", "runs", "data", "nbs", "_docs", "build", "*.egg-info", "__pycache__")
+    ignore = shutil.ignore_patterns(
+        ".*", "runs", "data", "nbs", "_docs", "build", "*.egg-info", "__pycache__"
+    )
     shutil.copytree(project, source, ignore=ignore)
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source]
     made = subprocess.run(build, capture_output=True, text=True, timeout=300)
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel,) = tmp_path.glob("afgstudy-*.whl")
     # an environment of its own that holds the wheel and borrows only third-party packages
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=120
+    )
     python = tmp_path / "venv" / "bin" / "python"
     site = subprocess.run(
-        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+        [python, "-c", "import site; print(site.getsitepackages()[0])"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     import numpy
 

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import click
 import pytest
 
 # where a page names something that the browser loads, and where it names something to go to
@@ -40,7 +41,18 @@ def site(project, tmp_path_factory) -> Path:
     "The site, built anew in a temporary folder."
     folder = tmp_path_factory.mktemp("site")
     stage = [sys.executable, project / "docs" / "stage.py", "--to", folder / "pages"]
-    sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", folder / "doctrees"]
+    sphinx = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "-d",
+        folder / "doctrees",
+    ]
     for command in (stage, [*sphinx, "-c", project / "docs", folder / "pages", folder / "html"]):
         made = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
         assert made.returncode == 0, made.stdout + made.stderr
@@ -118,24 +130,29 @@ def test_directives_and_hidden_cells_are_not_shown(pages, site):
 def test_reference_documents_every_exported_name(project, site, pages):
     from importlib import import_module
 
-    modules = [name.removesuffix(".html").removeprefix("api/") for name in pages if name.startswith("api/afgstudy")]
+    modules = [
+        name.removesuffix(".html").removeprefix("api/") for name in pages if name.startswith("api/afgstudy")
+    ]
     assert "afgstudy.attacks.gradient" in modules
     for module in modules:
-        page = (site / "api" / f"{module}.html").read_text()
-        missing = [symbol for symbol in import_module(module).__all__ if symbol not in page]
+        page, live = (site / "api" / f"{module}.html").read_text(), import_module(module)
+        names = [n for n in live.__all__ if not isinstance(getattr(live, n), click.Command)]
+        missing = [name for name in names if f">{name}<a" not in page and f">{name}</span>" not in page]
         assert missing == [], module
+    assert "<h3>afgstudy data get<a" in (site / "api" / "afgstudy.study.cli.html").read_text()
     assert "8 / 255" in re.sub(r"<[^>]+>", "", (site / "api" / "afgstudy.attacks.gradient.html").read_text())
 
 
 def test_formulas_have_single_backslashes(project):
-    for path in (project / "nbs").rglob("*.ipynb"):
+    for path in (*(project / "nbs").rglob("*.ipynb"), *(project / "data" / "results").rglob("*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == "markdown":
-                for formula in re.findall(r"\$\$.*?\$\$|\$[^$\n]+\$", "".join(cell["source"]), flags=re.S):
-                    assert not re.search(r"\\\\[A-Za-z{}|,;]", formula), f"{path.name}: {formula}"
+                text = re.sub(r"^```.*?^```|`[^`\n]+`", "", "".join(cell["source"]), flags=re.M | re.S)
+                doubled = re.search(r".*\\\\[A-Za-z{}|,;].*", text)
+                assert not doubled, f"{path.name}: {doubled[0]}"
 
 
-# --- what the builder refuses, and its parts ---------------------------------------------------------------------------
+# --- what the builder refuses, and its parts ------------------------------------------------------
 
 
 @pytest.fixture
@@ -170,12 +187,17 @@ def test_markdown_gets_links_but_code_and_formulas_do_not(stage, tmp_path):
     site.labels = {"PGD": "afgstudy.attacks.gradient.PGD"}
     site.references = {("Madry", "2018"): "madry2018"}
     site.shown_at = {"nbs/b/c.ipynb": "b/c.ipynb"}
-    text = "# `PGD`\n`PGD` of Madry et al. (2018), [c](../b/c.ipynb#x), [w](https://w.org/a), $Madry 2018$\n```\n`PGD` [c](d)\n```\n"
-    expected = (
-        "# `PGD`\n[`PGD`](#afgstudy.attacks.gradient.PGD) of {cite:t}`madry2018`, [c](../b/c.ipynb#x), [w](https://w.org/a), "
-        "$Madry 2018$\n```\n`PGD` [c](d)\n```\n"
-    )
-    assert site.markdown(text, "nbs/a/a.ipynb", "a/a.ipynb") == expected
+    for text, expected in {
+        "# `PGD`": "# `PGD`",
+        "`PGD`, `pgd`": "[`PGD`](#afgstudy.attacks.gradient.PGD), `pgd`",
+        "Madry et al. (2018)": "{cite:t}`madry2018`",
+        "(Madry et al. 2018, Nobody 2018)": "({cite:alp}`madry2018`, Nobody 2018)",
+        "[c](../b/c.ipynb#x) [w](https://w.org/a)": "[c](../b/c.ipynb#x) [w](https://w.org/a)",
+        "$Madry 2018$ `Madry 2018`": "$Madry 2018$ `Madry 2018`",
+        "```\n`PGD` [c](d)\n```\n`PGD`": "```\n`PGD` [c](d)\n```\n[`PGD`](#afgstudy.attacks.gradient.PGD)",
+    }.items():
+        assert site.markdown(text, "nbs/a/a.ipynb", "a/a.ipynb") == expected
+    assert site.markdown("[c](../b/c.ipynb)", "nbs/a/a.ipynb", "x.ipynb") == "[c](b/c.ipynb)"
 
 
 def test_a_link_to_nothing_ends_the_build_with_its_place(stage, tmp_path):
@@ -188,7 +210,9 @@ def test_a_link_to_nothing_ends_the_build_with_its_place(stage, tmp_path):
 
 def test_second_build_changes_nothing(stage, project, tmp_path):
     for room in ("nbs", "docs", "data"):
-        shutil.copytree(project / room, tmp_path / "p" / room, ignore=shutil.ignore_patterns("sets", ".*", "__pycache__"))
+        shutil.copytree(
+            project / room, tmp_path / "p" / room, ignore=shutil.ignore_patterns("sets", ".*", "__pycache__")
+        )
     for name in ("CITATION.cff", "LICENSE", "CHANGELOG.md"):
         shutil.copy(project / name, tmp_path / "p" / name)
     to = tmp_path / "pages"
@@ -203,9 +227,20 @@ def test_committed_run_without_a_notebook_gets_a_page(stage, tmp_path):
     folder = tmp_path / "data" / "results" / "cpu" / "aalp" / "table2"
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "fig.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    row = dict(dataset="mnist", method="RAW", attack="PGD-40", metric="accuracy", published=0.64, measured=None)
-    rows = [row | dict(low=None, high=None, n=None), row | dict(attack="clean", measured=98.9, low=98.7, high=99.1, n=10_000)]
-    record = {"experiment": "aalp/table2", "title": "Table 2", "preset": "cpu", "rows": rows, "notes": ["A note."]}
+    row = dict(
+        dataset="mnist", method="RAW", attack="PGD-40", metric="accuracy", published=0.64, measured=None
+    )
+    rows = [
+        row | dict(low=None, high=None, n=None),
+        row | dict(attack="clean", measured=98.9, low=98.7, high=99.1, n=10_000),
+    ]
+    record = {
+        "experiment": "aalp/table2",
+        "title": "Table 2",
+        "preset": "cpu",
+        "rows": rows,
+        "notes": ["A note."],
+    }
     record |= {"figures": [{"name": "fig", "caption": "Seen"}], "provenance": {"seconds": 1800, "seeds": [0]}}
     (folder / "record.json").write_text(json.dumps(record))
     site = stage.Site(tmp_path, tmp_path / "pages")
@@ -214,7 +249,9 @@ def test_committed_run_without_a_notebook_gets_a_page(stage, tmp_path):
     assert "| mnist | RAW | PGD-40 | accuracy | 0.64 | – | – | – |" in page
     assert "| mnist | RAW | clean | accuracy | 0.64 | 98.90 | 98.70 to 99.10 | 10,000 |" in page
     assert "30 minutes" in page and "A note." in page
-    for target in re.findall(r"\]\(([^)]+)\)", page):
+    links = re.findall(r"\]\(([^)]+)\)|\{download\}`[^`<]+<([^>]+)>`", page)
+    assert len(links) == 3  # the record, and the figure to see and to keep
+    for target in (a or b for a, b in links):
         assert ((site.to / "experiments" / "aalp") / target).resolve().is_file(), target
 
 

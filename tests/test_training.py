@@ -1,4 +1,4 @@
-"""Training: objectives by hand and by finite differences, counted passes, resume after SIGKILL, determinism, refusals."""
+"""Training: objectives by finite differences, counted passes, resume after SIGKILL, determinism, refusals."""
 
 import math
 import signal
@@ -68,13 +68,21 @@ def test_gradient_of_the_loss_agrees_with_finite_differences(objective, batch):
 
 def test_trades_divergence_is_torchs_own(batch):
     p, q = (torch.randn(5, 10, generator=generator_for(i, "z")).double() for i in (0, 1))
-    kl = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q))
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
     assert torch.allclose(kl_to(q, p.log_softmax(1)), kl)
 
 
 @pytest.mark.parametrize(
     "objective, forward, backward",
-    [(Standard(), 1, 1), (Madry(), 4 + 1, 4 + 1), (Madry(clean_weight=1), 4 + 2, 4 + 2), (ALP(), 4 + 2, 4 + 2), (TRADES(), 4 + 3, 4 + 2)],
+    [
+        (Standard(), 1, 1),
+        (Madry(), 4 + 1, 4 + 1),
+        (Madry(clean_weight=1), 4 + 2, 4 + 2),
+        (ALP(), 4 + 2, 4 + 2),
+        (TRADES(), 4 + 3, 4 + 2),
+    ],
     ids=lambda v: repr(v) if not isinstance(v, int) else str(v),
 )
 def test_passes_of_a_step(objective, forward, backward, batch):
@@ -95,7 +103,13 @@ def test_same_seed_same_weights_and_the_global_random_state_is_left_alone(object
         fit(model := lenet(), digits, objective, ATTACK, recipe)
         digests.add(state_digest(model))
     assert len(digests) == 1 and torch.equal(before, torch.get_rng_state())
-    fit(model := lenet(), digits, objective, ATTACK, Recipe(epochs=2, batch_size=64, augment="crop_flip", seed=1))
+    fit(
+        model := lenet(),
+        digits,
+        objective,
+        ATTACK,
+        Recipe(epochs=2, batch_size=64, augment="crop_flip", seed=1),
+    )
     assert state_digest(model) not in digests
 
 
@@ -119,7 +133,9 @@ PROGRAM = textwrap.dedent(
 
 
 def run_to_the_end(checkpoint) -> str:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, checkpoint], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, checkpoint], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("digest ")[1].strip()
 
@@ -128,7 +144,9 @@ def test_killed_with_sigkill_and_restarted_it_ends_in_the_same_weights(tmp_path)
     expected = run_to_the_end(tmp_path / "whole.pt")
     checkpoint = tmp_path / "killed.pt"
     for epoch, pause in ((0, 0.0), (2, 0.15)):  # once right after an epoch, once in the middle of one
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, checkpoint], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, checkpoint], stdout=subprocess.PIPE, text=True
+        )
         for line in process.stdout:
             if line.startswith(f"epoch {epoch}"):
                 break
@@ -154,7 +172,9 @@ def test_best_is_chosen_on_the_validation_split(digits):
     assert all(torch.equal(result.best_state[k], v) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("precision, channels_last", [("bfloat16", False), ("float32", True), ("bfloat16", True)])
+@pytest.mark.parametrize(
+    "precision, channels_last", [("bfloat16", False), ("float32", True), ("bfloat16", True)]
+)
 def test_mixed_precision_and_channels_last_learn_too(precision, channels_last, digits):
     recipe = Recipe(epochs=3, batch_size=64, precision=precision, channels_last=channels_last)
     history = fit(lenet(), digits, Madry(), FGSM(eps=0.1), recipe).history
@@ -165,7 +185,10 @@ def test_mixed_precision_and_channels_last_learn_too(precision, channels_last, d
     "call, words",
     [
         (lambda d: fit(lenet(), d, Madry()), "needs an attack"),
-        (lambda d: fit(create("lenet5", classes=3, channels=1, size=28), d), "labels of 'digits' run from 0 to 9"),
+        (
+            lambda d: fit(create("lenet5", classes=3, channels=1, size=28), d),
+            "labels of 'digits' run from 0 to 9",
+        ),
         (lambda d: fit(lenet(), d, recipe=Recipe(epochs=1, lr=1e30, optimiser="sgd")), "loss is"),
         (lambda d: fit(lenet(), d, keep="best"), "validation set"),
         (lambda d: Recipe(schedule="cosin"), "schedule must be one of"),

@@ -17,5 +17,19 @@ from .spatial import SpatialTransform
 from .universal import UniversalPerturbation
 
 # %% ../../nbs/10_attacks/index.ipynb #c03
-__all__ = ["BIM", "BPDA", "DDN", "FGSM", "MIFGSM", "PGD", "Attack", "AutoAttack", "CarliniWagner", "DeepFool",
-           "ExpectationOverTransformation", "PixelAttack", "SpatialTransform", "UniversalPerturbation"]
+__all__ = [
+    "BIM",
+    "BPDA",
+    "DDN",
+    "FGSM",
+    "MIFGSM",
+    "PGD",
+    "Attack",
+    "AutoAttack",
+    "CarliniWagner",
+    "DeepFool",
+    "ExpectationOverTransformation",
+    "PixelAttack",
+    "SpatialTransform",
+    "UniversalPerturbation",
+]

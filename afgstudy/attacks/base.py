@@ -125,7 +125,9 @@ def check_logits(logits: Tensor, y: Tensor) -> None:
         bad = int((~torch.isfinite(logits)).any(1).sum())
         raise ValueError(f"the model returned NaN or infinite logits for {bad} of {len(y)} images")
     if len(y) and y.dtype == torch.int64 and (y.min() < 0 or y.max() >= logits.shape[1]):
-        raise ValueError(f"labels run from {y.min().item()} to {y.max().item()}, the model has classes 0 to {logits.shape[1] - 1}")
+        raise ValueError(
+            f"labels run from {y.min().item()} to {y.max().item()}, the model has classes 0 to {logits.shape[1] - 1}"
+        )
 
 # %% ../../nbs/10_attacks/00_base.ipynb #c14
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class Attack:
         model: Model,  # images [B, C, H, W] in [0, 1] -> logits [B, K]; left as it is
         x: Tensor,  # images [B, C, H, W] in [0, 1]
         y: Tensor,  # [B] int64: true classes, or target classes of a targeted attack
-        generator: torch.Generator | None = None,  # where the seeds of the images come from; None: torch's global one
+        generator: torch.Generator
+        | None = None,  # where the seeds of the images come from; None: torch's global one
         mode: str = "eval",  # the model's mode during the attack
     ) -> Tensor:  # adversarial images, as x
         "Adversarial images for `x`; raises `ValueError` for input out of range and for NaN logits."
@@ -192,7 +195,11 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": madry_margin, "dlr": dlr}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": cross_entropy,
+    "margin": madry_margin,
+    "dlr": dlr,
+}
 
 # %% ../../nbs/10_attacks/00_base.ipynb #c19
 def input_gradient(

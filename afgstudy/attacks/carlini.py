@@ -33,7 +33,9 @@ def hinge_gradient(
     kappa: float,
     sign: float,  # +1: the margin of y is to fall; -1: it is to rise
     free: Tensor | None = None,  # [B] images expected to have a margin below -kappa; None: no expectation
-) -> tuple[Tensor, Tensor, Tensor]:  # gradient of max(margin + kappa, 0) [B, C, H, W], logits [B, K], signed margin [B]
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # gradient of max(margin + kappa, 0) [B, C, H, W], logits [B, K], signed margin [B]
     "The gradient of every image's hinge, with a backward pass only where it is not flat."
     if free is not None and free.any():
         quiet = model(at[free])
@@ -79,7 +81,9 @@ class CarliniWagner(Attack):
 
     def __post_init__(self):
         if self.steps < 1 or self.search_steps < 1:
-            raise ValueError(f"steps and search_steps must be at least 1, got {self.steps} and {self.search_steps}")
+            raise ValueError(
+                f"steps and search_steps must be at least 1, got {self.steps} and {self.search_steps}"
+            )
         if self.step_size <= 0 or self.initial_c <= 0 or self.confidence < 0:
             raise ValueError(
                 "step_size and initial_c must be positive and confidence at least 0, got "
@@ -95,7 +99,9 @@ class CarliniWagner(Attack):
         logits = model(x)
         check_logits(logits, y)
         if logits.shape[1] < 2:
-            raise ValueError(f"CarliniWagner needs a model with at least 2 classes, this one has {logits.shape[1]}")
+            raise ValueError(
+                f"CarliniWagner needs a model with at least 2 classes, this one has {logits.shape[1]}"
+            )
         success = fooled(logits, y, self.targeted) & (self.sign * margin(logits, y) <= -self.confidence)
         todo = (~success).nonzero().squeeze(1)
         result = x.clone()
@@ -129,7 +135,11 @@ def descend(
     w = to_w(x)
     origin, m, v = to_image(w), torch.zeros_like(w), torch.zeros_like(w)
     found, lowest = torch.zeros_like(y, dtype=torch.bool), torch.full_like(c, math.inf)
-    here, before, outcome = torch.arange(len(y), device=y.device), lowest, (best.clone(), distance.clone(), found.clone())
+    here, before, outcome = (
+        torch.arange(len(y), device=y.device),
+        lowest,
+        (best.clone(), distance.clone(), found.clone()),
+    )
     gap = earlier_gap = torch.zeros_like(c)
     tenth = max(50, math.ceil(attack.steps / 10))
     for t in range(1, attack.steps + 1):
@@ -158,7 +168,23 @@ def descend(
                     whole[here] = part
                 here, x, y, c, w, origin, m, v, best, distance, found, lowest, before, gap, earlier_gap = (
                     s[better]
-                    for s in (here, x, y, c, w, origin, m, v, best, distance, found, lowest, before, gap, earlier_gap)
+                    for s in (
+                        here,
+                        x,
+                        y,
+                        c,
+                        w,
+                        origin,
+                        m,
+                        v,
+                        best,
+                        distance,
+                        found,
+                        lowest,
+                        before,
+                        gap,
+                        earlier_gap,
+                    )
                 )
                 if not len(here):
                     return outcome

@@ -23,14 +23,20 @@ def nearest_boundary(
     norm: str,  # "l2" or "linf"
     last: Tensor | None = None,  # [B, k] dual norms of the gradients when last computed; None: never
     growth: float = math.inf,  # how much a gradient may have grown since
-) -> tuple[Tensor, Tensor, Tensor]:  # distance [B], unit step towards the boundary [B, C, H, W], dual norms [B, k]
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # distance [B], unit step towards the boundary [B, C, H, W], dual norms [B, k]
     "Distance and direction of the nearest boundary of the linearised model."
     f = logits.gather(1, classes)
     gap = f[:, 1:] - f[:, :1]
     size = gap.detach().abs()
     last = torch.zeros_like(size) if last is None else last.clone()
     least = torch.where(last > 0, size / (growth * last), 0.0)  # no boundary is nearer than this
-    distance, length, w = torch.full_like(size[:, 0], torch.inf), torch.ones_like(size[:, 0]), torch.zeros_like(x)
+    distance, length, w = (
+        torch.full_like(size[:, 0], torch.inf),
+        torch.ones_like(size[:, 0]),
+        torch.zeros_like(x),
+    )
     for k in least.argsort(dim=1, stable=True).split(1, dim=1):  # every image's own next class
         needed = least.gather(1, k).squeeze(1) < distance
         if not x.is_cuda and not needed.any():
@@ -87,7 +93,9 @@ class DeepFool(Attack):
     def rank(self, logits: Tensor, y: Tensor) -> Tensor:
         "`[B, k]`: the class `y`, then the likeliest others."
         if logits.shape[1] < 2:
-            raise ValueError(f"DeepFool needs a model with at least 2 classes, this one has {logits.shape[1]}")
+            raise ValueError(
+                f"DeepFool needs a model with at least 2 classes, this one has {logits.shape[1]}"
+            )
         k = logits.shape[1] if self.candidates is None else min(self.candidates, logits.shape[1])
         return logits.detach().scatter(1, y[:, None], torch.inf).topk(k, dim=1).indices
 

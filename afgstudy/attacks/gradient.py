@@ -84,7 +84,9 @@ def ascend(
     targeted: bool = False,
     decay: float | None = None,  # momentum of MI-FGSM; None: no memory
     stop: bool = False,  # stop an image at the first iterate that fools the model
-) -> tuple[Tensor, Tensor]:  # last (or fooling) iterate, and the number of the first iterate that fooled: steps + 1 = none
+) -> tuple[
+    Tensor, Tensor
+]:  # last (or fooling) iterate, and the number of the first iterate that fooled: steps + 1 = none
     "Walk uphill on each image's loss. Without `stop` the second value is meaningless and costs nothing."
     result, at, velocity = start.clone(), start, None
     here = torch.arange(len(x), device=x.device)
@@ -131,7 +133,9 @@ class GradientAttack(Attack):
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)}, got {self.loss!r}")
         if self.targeted and self.loss == "dlr":
-            raise ValueError("the DLR loss of a target needs the true class too: use loss='margin' for targeted attacks")
+            raise ValueError(
+                "the DLR loss of a target needs the true class too: use loss='margin' for targeted attacks"
+            )
         if (steps := getattr(self, "steps", 1)) < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if (step_size := getattr(self, "step_size", None)) is not None:
@@ -236,10 +240,14 @@ class PGD(GradientAttack):
         kind = {"ce": "PGD", "margin": "CW", "dlr": "PGD-DLR"}[self.loss]
         return f"{kind}-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
 
-    def walk_from(self, model: Model, x: Tensor, y: Tensor, noise: ImageNoise, restart: int) -> tuple[Tensor, Tensor]:
+    def walk_from(
+        self, model: Model, x: Tensor, y: Tensor, noise: ImageNoise, restart: int
+    ) -> tuple[Tensor, Tensor]:
         "One walk; an image stops at its first fooling iterate where `stop_on_success`."
         start = random_point(x, self.eps, self.norm, noise, restart) if self.random_start else x
-        return self.walk(model, x, y, start, step_size=self.step_size, steps=self.steps, stop=self.stop_on_success)
+        return self.walk(
+            model, x, y, start, step_size=self.step_size, steps=self.steps, stop=self.stop_on_success
+        )
 
     def perturb(self, model: Model, x: Tensor, y: Tensor, noise: ImageNoise) -> Tensor:
         "The last iterate; each image's worst case where there are restarts or an early stop."
@@ -270,4 +278,8 @@ class PGD(GradientAttack):
     ) -> Tensor:  # [B] int64
         "The number of the first iterate that fools the model: 0 = wrong from the outset, `steps + 1` = never."
         stopping = replace(self, stop_on_success=True)
-        return stopping.guarded(lambda *a: worst_case(stopping, *a)[1], model, x, y, generator) if len(x) else y.clone()
+        return (
+            stopping.guarded(lambda *a: worst_case(stopping, *a)[1], model, x, y, generator)
+            if len(x)
+            else y.clone()
+        )

@@ -28,12 +28,13 @@ class _GradientOf(torch.autograd.Function):
 
 
 class BPDA(nn.Module):
-    "A transformation with the value of `forward` and the gradient of `backward` (Athalye et al. 2018, section 4.1)."
+    "The value of `forward` and the gradient of `backward` (Athalye et al. 2018, section 4.1)."
 
     def __init__(
         self,
         forward: Callable[[Tensor], Tensor],  # the step as the defence runs it; need not be differentiable
-        backward: Callable[[Tensor], Tensor] | None = None,  # its smooth stand-in, same output shape; None: the identity
+        backward: Callable[[Tensor], Tensor]
+        | None = None,  # its smooth stand-in, same output shape; None: the identity
     ):
         super().__init__()
         self.exact, self.smooth = forward, backward
@@ -54,11 +55,11 @@ class BPDA(nn.Module):
 
 # %% ../../nbs/10_attacks/08_hooks.ipynb #c14
 class ExpectationOverTransformation(nn.Module):
-    "The average answer of a randomised model over `samples` calls, as logits `[B, K]` (Athalye et al. 2018, section 4.2)."
+    "A randomised model's average answer over `samples` calls, as logits (Athalye et al. 2018, section 4.2)."
 
     def __init__(
         self,
-        model: Model,  # images [B, C, H, W] -> logits [B, K]; draws its randomness from torch's global generators
+        model: Model,  # images [B, C, H, W] -> logits [B, K]; draws from torch's global generators
         samples: int = 16,  # calls an evaluation
         average: str = "probability",  # "probability": log E[softmax(z)]; "logits": E[z]
         seed: int | None = None,  # draw the same samples in every evaluation; None: new ones

@@ -155,8 +155,12 @@ class AutoAttack(Attack):
         with seeded(seed):
             adversary = build(self, pipeline, x, y, seed, ear)
             try:
-                checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # it would remember an earlier model's behaviour
-                found, answer = adversary.run_standard_evaluation(x.float().contiguous(), y, batch_size=self.batch_size)
+                checks.funcs.update(
+                    dict.fromkeys(checks.funcs, 0)
+                )  # it would remember an earlier model's behaviour
+                found, answer = adversary.run_standard_evaluation(
+                    x.float().contiguous(), y, batch_size=self.batch_size
+                )
             finally:
                 sys.settrace(trace)  # its check for dynamic defences removes a debugger's or coverage's
         changed = (found != x.float()).flatten(1).any(1)
@@ -174,19 +178,28 @@ def build(attack: AutoAttack, pipeline: Pipeline, x: Tensor, y: Tensor, seed: in
     classes = logits.shape[1]
     if classes < 2:
         raise ValueError(f"AutoAttack needs a model with 2 classes or more, this one has {classes}")
-    adversary = _AutoAttack(pipeline, norm=NORMS[attack.norm], eps=attack.eps, seed=seed, version=attack.version, device=x.device)
+    adversary = _AutoAttack(
+        pipeline, norm=NORMS[attack.norm], eps=attack.eps, seed=seed, version=attack.version, device=x.device
+    )
     for part in (adversary, adversary.apgd, adversary.apgd_targeted):
         part.logger = ear
     for part in (adversary.apgd_targeted, adversary.fab):
         part.n_target_classes = min(part.n_target_classes, classes - 1)
     for part in (adversary.apgd, adversary.apgd_targeted, adversary.fab):
         part.n_iter = part.n_iter_orig = attack.steps
-    for part in (adversary.apgd, adversary.apgd_targeted):  # APGD's checkpoints, as it derives them from its iterations
-        part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(s * attack.steps), 1) for s in (0.22, 0.06, 0.03))
+    for part in (
+        adversary.apgd,
+        adversary.apgd_targeted,
+    ):  # APGD's checkpoints, as it derives them from its iterations
+        part.n_iter_2, part.n_iter_min, part.size_decr = (
+            max(int(s * attack.steps), 1) for s in (0.22, 0.06, 0.03)
+        )
     adversary.square.n_queries = attack.queries
     adversary.attacks_to_run = possible(attack.attacks or tuple(adversary.attacks_to_run), classes, ear)
     if "square" in adversary.attacks_to_run and x.shape[2] != x.shape[3]:
-        ear.warning(f"Square may not work properly on images that are not square ({x.shape[2]} x {x.shape[3]})")
+        ear.warning(
+            f"Square may not work properly on images that are not square ({x.shape[2]} x {x.shape[3]})"
+        )
     return adversary
 
 
@@ -195,7 +208,9 @@ def possible(parts: tuple[str, ...], classes: int, ear: _Ear) -> list[str]:
     chosen = []
     for part in parts:
         if part == "apgd-t" and classes < 4:
-            ear.warning(f"the targeted DLR loss needs 4 classes, the model has {classes}: apgd-t is replaced by apgd-dlr")
+            ear.warning(
+                f"the targeted DLR loss needs 4 classes, the model has {classes}: apgd-dlr runs in its place"
+            )
             part = "apgd-dlr"
         if part == "apgd-dlr" and classes < 3:
             ear.warning(f"the DLR loss needs 3 classes, the model has {classes}: it is left out")
@@ -223,10 +238,14 @@ class DDN(Attack):
         check_radius("init_eps", self.init_eps, "l2")
 
     def perturb(self, model: Model, x: Tensor, y: Tensor, noise: ImageNoise) -> Tensor:
-        "The smallest fooling perturbation of each image; foolbox draws a direction where a gradient is exactly zero."
+        "The smallest fooling perturbation; where a gradient is exactly zero foolbox draws a direction."
         check_logits(model(x[:1]).expand(len(y), -1), y)
         victim = foolbox.PyTorchModel(Pipeline(model, x.dtype), bounds=(0, 1), device=x.device)
-        aim = foolbox.criteria.TargetedMisclassification if self.targeted else foolbox.criteria.Misclassification
+        aim = (
+            foolbox.criteria.TargetedMisclassification
+            if self.targeted
+            else foolbox.criteria.Misclassification
+        )
         ddn = foolbox.attacks.DDNAttack(init_epsilon=self.init_eps, steps=self.steps, gamma=self.gamma)
         with seeded(int(noise.seeds[0])), torch.enable_grad():
             x_adv, *_ = ddn(victim, x, aim(y), epsilons=None)

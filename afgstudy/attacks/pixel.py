@@ -32,7 +32,9 @@ def paint(
     return images
 
 # %% ../../nbs/10_attacks/05_pixel.ipynb #c08
-def first_generation(noise: ImageNoise, population: int, pixels: int, channels: int, dtype: torch.dtype) -> Tensor:
+def first_generation(
+    noise: ImageNoise, population: int, pixels: int, channels: int, dtype: torch.dtype
+) -> Tensor:
     "Candidates `[B, population, pixels * (2 + channels)]` (Su et al. 2019, section 3.3)."
     places = noise.uniform(0, (population, pixels, 2), dtype)
     colours = (128 / 255 + 127 / 255 * noise.normal(1, (population, pixels, channels), dtype)).clamp_(0, 1)
@@ -42,7 +44,9 @@ def first_generation(noise: ImageNoise, population: int, pixels: int, channels: 
 def three_others(noise: ImageNoise, draw: int, population: int) -> tuple[Tensor, Tensor, Tensor]:
     "Three `[B, population]` of indices, different from each other and from their own position, uniformly so."
     bits = noise.bits(draw, (population,))
-    first, second, third = ((((bits >> s) & 0x1FFFFF) * (population - 1 - i) >> 21) + 1 for i, s in enumerate((0, 21, 42)))
+    first, second, third = (
+        (((bits >> s) & 0x1FFFFF) * (population - 1 - i) >> 21) + 1 for i, s in enumerate((0, 21, 42))
+    )
     second = second + (second >= first)
     low, high = torch.minimum(first, second), torch.maximum(first, second)
     third = third + (third >= low)
@@ -53,7 +57,9 @@ def three_others(noise: ImageNoise, draw: int, population: int) -> tuple[Tensor,
 
 def children(parents: Tensor, noise: ImageNoise, draw: int, factor: float) -> Tensor:
     "`v_r1 + F (v_r2 - v_r3)`, clipped to [0, 1]; as `parents` `[B, P, D]`."
-    a, b, c = (torch.take_along_dim(parents, r[..., None], 1) for r in three_others(noise, draw, parents.shape[1]))
+    a, b, c = (
+        torch.take_along_dim(parents, r[..., None], 1) for r in three_others(noise, draw, parents.shape[1])
+    )
     return b.sub_(c).mul_(factor).add_(a).clamp_(0, 1)
 
 # %% ../../nbs/10_attacks/05_pixel.ipynb #c11
@@ -72,7 +78,7 @@ class PixelAttack(Attack):
     steps: int = 100  # generations after the first
     factor: float = 0.5  # F, the weight of the difference
     targeted: bool = False  # y is the class to reach
-    batch_rows: int | None = None  # candidates in one forward pass; None: 512 on a CPU, as many as fit easily on a GPU
+    batch_rows: int | None = None  # candidates in one forward pass; None: 512 on a CPU, thousands on a GPU
 
     def __post_init__(self):
         for name, least in (("pixels", 1), ("population", 4), ("steps", 0), ("batch_rows", 1)):
@@ -106,7 +112,7 @@ class PixelAttack(Attack):
 
     def evolve(
         self, model: Model, x: Tensor, y: Tensor, noise: ImageNoise
-    ) -> Iterator[tuple[Tensor, Tensor]]:  # after each generation: the images that are done [n], their best candidates [n, D]
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # a generation's finished images [n], their candidates [n, D]
         "Let the candidates of all images evolve; every image is yielded once."
         here = torch.arange(len(x), device=x.device)
         parents = first_generation(noise, self.population, self.pixels, x.shape[1], x.dtype)

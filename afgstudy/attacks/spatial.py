@@ -35,7 +35,8 @@ def flow_variation(
 ) -> Tensor:  # [B]
     "The total variation of each flow (Xiao et al. 2018, eq. 4); a pair of neighbours counts from both sides."
     down, right = (flow.diff(dim=d).square().sum(1).flatten(1) for d in (2, 3))
-    return sum(2 * (s / ((s + epsilon**2).sqrt() + epsilon)).sum(1) for s in (down, right))  # = sqrt(s + e^2) - e, exact at 0
+    # s / (sqrt(s + e^2) + e) = sqrt(s + e^2) - e, and exactly zero at zero
+    return sum(2 * (s / ((s + epsilon**2).sqrt() + epsilon)).sum(1) for s in (down, right))
 
 # %% ../../nbs/10_attacks/06_spatial.ipynb #c12
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SpatialTransform(Attack):
 
     tau: float = 0.05  # weight of the flow's variation, the paper's
     steps: int = 100  # gradient steps of a search
-    step_size: float = 0.5  # first step, pixels (root mean square over the flow); the last is a fiftieth of it
+    step_size: float = 0.1  # first step, pixels (root mean square over the flow); it decays to a fiftieth
     kappa: float = 0.0  # margin, in logits, by which the model has to err
     searches: int = 3  # values of tau tried, bisected for each image on its own
     patience: int = 40  # steps without a smoother fooling flow after which an image is done
@@ -54,16 +55,22 @@ class SpatialTransform(Attack):
         for name, least in (("steps", 1), ("searches", 1), ("patience", 0)):
             if not isinstance(value := getattr(self, name), int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        for name, ok in (("tau", self.tau > 0), ("step_size", self.step_size > 0), ("kappa", self.kappa >= 0)):
+        for name, ok in (
+            ("tau", self.tau > 0),
+            ("step_size", self.step_size > 0),
+            ("kappa", self.kappa >= 0),
+        ):
             if not ok:
-                raise ValueError(f"{name} must be {'>= 0' if name == 'kappa' else 'positive'}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be {'>= 0' if name == 'kappa' else 'positive'}, got {getattr(self, name)!r}"
+                )
 
     @property
     def name(self) -> str:
         return "stAdv"
 
     def look(self, model: Model, x: Tensor, y: Tensor, flow: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        "At `flow`: the gradient of the objective, the bent images, whether they fool, the margin left, the variation."
+        "The objective's gradient at `flow`, the bent images, whether they fool, the margin, the variation."
         flow = flow.detach().requires_grad_()
         with torch.enable_grad():
             bent = warp(x, flow).clamp(0, 1)
@@ -106,18 +113,34 @@ def bend(
     x: Tensor,  # [B, C, H, W]
     y: Tensor,  # [B]
     tau: Tensor,  # [B], each image's weight of the variation
-) -> tuple[Tensor, Tensor, Tensor]:  # images [B, C, H, W], flows [B, 2, H, W], variations [B] (infinite where not fooled)
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # images [B, C, H, W], flows [B, 2, H, W], variations [B] (infinite where not fooled)
     "Each image's smoothest flow that fools; where none does, the flow that comes nearest to it."
     flow = x.new_zeros(len(x), 2, *x.shape[2:])
     result = x.clone(), flow.clone(), x.new_full((len(x),), torch.inf)
     nearest, waited, done = result[2].clone(), torch.zeros_like(y), torch.zeros_like(y, dtype=torch.bool)
-    own = [torch.arange(len(y), device=y.device), x, y, tau, flow, flow, flow[:, :1, :1, :1], *result, nearest, waited, done]
+    own = [
+        torch.arange(len(y), device=y.device),
+        x,
+        y,
+        tau,
+        flow,
+        flow,
+        flow[:, :1, :1, :1],
+        *result,
+        nearest,
+        waited,
+        done,
+    ]
     for t in range(1, attack.steps + 2):
         index, x, y, tau, flow, first, second, image, field, smoothest, nearest, waited, done = own
         gradient, bent, fooled, aim, variation = attack.look(model, x, y, flow, tau)
         nearer = smoothest.isinf() & (aim < nearest)
         better = torch.where(fooled, variation < smoothest, nearer) & ~done
-        image, field = (torch.where(better[:, None, None, None], a, b) for a, b in ((bent, image), (flow, field)))
+        image, field = (
+            torch.where(better[:, None, None, None], a, b) for a, b in ((bent, image), (flow, field))
+        )
         smoothest, nearest = torch.where(better & fooled, variation, smoothest), torch.minimum(nearest, aim)
         waited = torch.where(better, 0, waited + 1)
         done = done | (smoothest.isfinite() & (waited >= attack.patience))
@@ -147,6 +170,8 @@ def search(attack: SpatialTransform, model: Model, x: Tensor, y: Tensor) -> tupl
         tau = torch.where(fails.isinf(), 4 * tau, torch.where(works == 0, tau / 4, (works * fails).sqrt()))
         bent, flow, variation = bend(attack, model, x, y, tau)
         better = variation < smoothest
-        image, field = (torch.where(better[:, None, None, None], a, b) for a, b in ((bent, image), (flow, field)))
+        image, field = (
+            torch.where(better[:, None, None, None], a, b) for a, b in ((bent, image), (flow, field))
+        )
         smoothest = torch.minimum(smoothest, variation)
     return image, field

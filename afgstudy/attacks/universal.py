@@ -89,7 +89,10 @@ class UniversalPerturbation:
             rates, best, v = [], None, torch.zeros_like(images[0][0])
             clean = [self.answers(model, x) for x in images]
             for v in self.steps(model, images, clean, generator):
-                fooled = sum((self.answers(model, (x + v).clamp(0, 1)) != c).sum() for x, c in zip(images, clean, strict=True))
+                fooled = sum(
+                    (self.answers(model, (x + v).clamp(0, 1)) != c).sum()
+                    for x, c in zip(images, clean, strict=True)
+                )
                 rates.append(int(fooled) / sum(map(len, images)))
                 best = v if rates[-1] >= max(rates) else best
                 if rates[-1] >= self.target_rate:
@@ -102,13 +105,21 @@ class UniversalPerturbation:
         check_logits(logits, torch.zeros(len(x), dtype=torch.int64, device=x.device))
         return logits.argmax(1)
 
-    def steps(self, model: Model, images: list, clean: list, generator: torch.Generator | None) -> Iterator[Tensor]:
+    def steps(
+        self, model: Model, images: list, clean: list, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
         "The perturbation after each pass."
         v = torch.zeros_like(images[0][0])
         for _ in range(self.passes):
-            order = range(len(images)) if generator is None else torch.randperm(len(images), generator=generator).tolist()
+            order = (
+                range(len(images))
+                if generator is None
+                else torch.randperm(len(images), generator=generator).tolist()
+            )
             for i in order:
                 at = (images[i] + v).clamp(0, 1)
-                change = self.deepfool.perturb(model, at, clean[i], None) - at  # zero where v fools the model already
+                change = (
+                    self.deepfool.perturb(model, at, clean[i], None) - at
+                )  # zero where v fools the model already
                 v = project_perturbation(v + change.sum(0), self.eps, self.norm)
             yield v

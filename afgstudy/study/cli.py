@@ -7,8 +7,9 @@ __all__ = ['main', 'list_', 'status', 'run', 'report', 'publish', 'data', 'data_
            'store_ls', 'store_rm']
 
 # %% ../../nbs/60_study/04_cli.ipynb #c02
+import re
 import signal
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -21,10 +22,14 @@ from .keys import StudyError
 class _Group(click.Group):
     "A group of commands whose users' mistakes are one line."
 
+    mistakes: tuple[type[Exception], ...] = (StudyError, OSError)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (StudyError, OSError) as e:
+        except (click.exceptions.Exit, click.Abort):  # click's own, which are RuntimeErrors
+            raise
+        except self.mistakes as e:
             raise click.ClickException(str(e)) from None
 
 
@@ -218,8 +223,10 @@ def _dry_run(planned: list, jobs: int) -> int:
             lines.append(("done", job.experiment, job.preset, f"finished {_day(state.finished)} UTC"))
     _table(lines)
     total = max([sum(seconds) / jobs, *seconds], default=0)
-    more = f", and {unknown} of unknown length" if unknown else ""
-    click.echo(f"{len(seconds)} to run: about {seconds_text(total)}{more}" if seconds else "nothing to run")
+    known = [f"about {seconds_text(total)}"] * (unknown < len(seconds)) + [f"{unknown} of unknown length"] * (
+        unknown > 0
+    )
+    click.echo(f"{len(seconds)} to run: {', '.join(known)}" if seconds else "nothing to run")
     return int(any(j.problem for j in planned))
 
 # %% ../../nbs/60_study/04_cli.ipynb #c11
@@ -253,7 +260,13 @@ def publish(experiment: str, preset: str) -> None:
     click.echo(folder)
 
 # %% ../../nbs/60_study/04_cli.ipynb #c13
-@main.group(cls=_Group)
+class _DataGroup(_Group):
+    "Here also what `afgstudy.data` raises: an unknown set, a damaged one, a download that failed."
+
+    mistakes = (StudyError, OSError, RuntimeError, ValueError, KeyError)
+
+
+@main.group(cls=_DataGroup)
 def data() -> None:
     "The datasets: which there are, getting and checking them."
 
@@ -263,7 +276,8 @@ def data_list() -> None:
     "The datasets, and which of them are here."
     from afgstudy import data as sets
 
-    _print(sets.listing())
+    table = sets.listing()
+    click.echo((table.reset_index() if table.index.name else table).to_string(index=False))
 
 
 @data.command("get")
@@ -272,29 +286,26 @@ def data_get(names: tuple[str, ...]) -> None:
     "Download datasets: the only way this project ever does."
     from afgstudy import data as sets
 
-    for name in names:
-        _print(sets.get(name), f"{name}: here")
+    _all_whole(sets.get(name) for name in names)
 
 
 @data.command("check")
 @click.argument("names", nargs=-1, required=True)
 def data_check(names: tuple[str, ...]) -> None:
-    "Read datasets through and say whether they are whole."
+    "Verify datasets: checksums, counts, whether their images open. Status 1 if one is not whole."
     from afgstudy import data as sets
 
-    for name in names:
-        _print(sets.check(name), f"{name}: whole")
+    _all_whole(sets.check(name) for name in names)
 
 
-def _print(result: Any, otherwise: str = "") -> None:
-    "Print what a function of `afgstudy.data` returned: a table, lines or a text."
-    if hasattr(result, "to_string"):
-        click.echo(result.to_string(index=False))
-    elif isinstance(result, list | tuple):
-        for line in result:
-            click.echo(line)
-    else:
-        click.echo(otherwise if result is None else result)
+def _all_whole(reports: Iterable) -> None:
+    "Print the reports of `afgstudy.data` as they come; status 1 if a set is not whole."
+    whole = True
+    for found in reports:
+        click.echo(repr(found))
+        whole = whole and found.ok
+    if not whole:
+        raise SystemExit(1)
 
 
 @main.group(cls=_Group)
@@ -311,7 +322,7 @@ def store_ls() -> None:
     found = Store().ls()
     lines = []
     for a in found:
-        spec = ", ".join(f"{k}={_short(v)}" for k, v in a.manifest["spec"].items())
+        spec = ", ".join(f"{k}={s}" for k, v in a.manifest["spec"].items() if (s := _short(v)))
         made = _day(a.manifest["created"])
         lines.append(
             (a.kind, a.key[:12], _size(a.bytes), made, seconds_text(a.manifest["seconds"]), spec[:100])
@@ -349,7 +360,7 @@ def _size(count: float) -> str:
 
 
 def _short(value: Any) -> str:
-    "A value of a description, cut to what fits a line: a dataclass by its name, a checksum by its beginning."
+    "A value of a description as it fits a line: a dataclass by its name; nothing for checksums and the like."
     if isinstance(value, dict):
-        return str(value.get("type") or value.get("checksum", "{…}"))[:12]
-    return str(value)[:24]
+        return str(next((value[k] for k in ("type", "class", "name") if k in value), ""))
+    return "" if value is None or re.fullmatch(r"[0-9a-f]{32,}", str(value)) else str(value)[:24]

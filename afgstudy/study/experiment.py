@@ -155,7 +155,7 @@ def table_of(
     for r in rows:
         c = cells_of(r, digits)
         paper = "" if c["published"] == DASH else f"\npaper {c['published']}, {c['gap']}"
-        text = c["measured [95% interval]"] + paper
+        text = c["measured [95% interval]"].replace(" [", "\n[") + paper
         cells.setdefault(tuple(r[k] for k in lines), {})[r[wide]] = text
     index = pd.MultiIndex.from_tuples(cells, names=lines)
     columns = list(dict.fromkeys(r[wide] for r in rows))
@@ -175,13 +175,16 @@ def caption_of(rows: list[dict]) -> str:
 def styled(frame: pd.DataFrame, caption: str = "") -> "pd.io.formats.style.Styler":
     "The table for the notebook: right-aligned numbers, quiet lines, line breaks kept."
     rules = [
-        {
-            "selector": "td",
-            "props": "text-align: right; white-space: pre-line; font-variant-numeric: tabular-nums;",
-        },
-        {"selector": "th", "props": "text-align: left; vertical-align: top; font-weight: 600;"},
+        {"selector": "td", "props": "text-align: right; white-space: pre-line; padding: .25em .6em;"},
+        {"selector": "td", "props": "vertical-align: top; font-variant-numeric: tabular-nums;"},
+        {"selector": "th", "props": "text-align: left; vertical-align: top; padding: .25em .6em .25em 0;"},
+        {"selector": "th.col_heading", "props": "text-align: right; padding: .25em .6em;"},
         {"selector": "caption", "props": "text-align: left; padding: 0 0 .4em; opacity: .75;"},
     ]
+    if frame.apply(lambda column: column.str.contains("\n")).any(
+        axis=None
+    ):  # the number stands out from its interval
+        rules.append({"selector": "td::first-line", "props": "font-weight: 600;"})
     return frame.style.set_table_styles(rules).set_caption(caption)
 
 # %% ../../nbs/60_study/01_experiment.ipynb #c17

@@ -130,7 +130,8 @@ def html_table(rows: list[dict]) -> str:
                     f'<td class="g">{gap}</td><td class="n">{n}</td><td class="s">{strip(r)}</td></tr>'
                 )
             body.append("</tbody>")
-        columns = f'<thead><tr><th scope="col">attack</th>{head}<th class="s"></th></tr></thead>'
+        legend = '<th class="s"><small>0 to 100: ● measured ◇ published</small></th>' if unit == "%" else ""
+        columns = f'<thead><tr><th scope="col">attack</th>{head}{legend}</tr></thead>'
         out.append(f'<div class="scroll"><table>{caption}{columns}{"".join(body)}</table></div>')
     return "\n".join(out)
 
@@ -225,7 +226,7 @@ thead th { color: var(--quiet); border-bottom: 1px solid var(--line); }
 td, th.p, th.m, th.g, th.n { text-align: right; white-space: nowrap; }
 th.method { font-weight: 600; padding-top: .7rem; }
 tbody th[scope=row] { padding-left: .8rem; white-space: nowrap; }
-td.s { padding-right: 0; vertical-align: middle; }
+td.s, th.s { padding: 0 0 0 1rem; vertical-align: middle; white-space: nowrap; }
 .strip { display: block; }
 .strip .axis { stroke: var(--line); stroke-width: 1.5; }
 .strip .interval { stroke: var(--measured); stroke-width: 3; }

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['experiments', 'select', 'read_notebook', 'title_of', 'Parameter', 'parameters_cell', 'parameters_in', 'fit',
            'check_parameters', 'presets_of', 'read_preset', 'full_parameters', 'dataset_fingerprint',
-           'weights_checksum', 'ingredients', 'Job', 'plan', 'worker', 'Outcome', 'finished', 'run', 'Interrupted',
-           'execute', 'progress_of', 'State', 'earlier_runs', 'estimated_seconds', 'state_of']
+           'weights_checksum', 'device_kind', 'ingredients', 'Job', 'plan', 'worker', 'Outcome', 'finished', 'run',
+           'Interrupted', 'execute', 'progress_of', 'State', 'earlier_runs', 'estimated_seconds', 'state_of']
 
 # %% ../../nbs/60_study/02_runner.ipynb #c02
 import ast
@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -304,14 +304,21 @@ def weights_checksum(name: str) -> str:
     return file_checksum(file, runs_root() / "checksums.json") if file else "none"
 
 
+def device_kind() -> str:
+    "'cpu' or 'cuda': what `default_device` will be; torch is asked only where AFGSTUDY_DEVICE does not say."
+    if name := os.environ.get("AFGSTUDY_DEVICE"):
+        return name.partition(":")[0]
+    from afgstudy.device import default_device
+
+    return default_device().type
+
+
 def ingredients(
     path: Path,  # the notebook
     parameters: dict[str, Any],  # all of them
     fingerprint: Callable[[str], str] = dataset_fingerprint,
 ) -> dict[str, Any]:
     "Everything a run depends on; the key is its checksum."
-    from afgstudy.device import default_device
-
     notebook = read_notebook(path)
     parameter_cell = parameters_cell(notebook)
     cells = [c for c in notebook.cells if c.cell_type == "code" and c is not parameter_cell]
@@ -325,7 +332,7 @@ def ingredients(
         "parameters": parameters,
         "data": {n: fingerprint(n) for n in _words(parameters, "dataset", "datasets")},
         "weights": {n: weights_checksum(n) for n in _words(parameters, "weights")},
-        "device": default_device().type,
+        "device": device_kind(),
     }
 
 # %% ../../nbs/60_study/02_runner.ipynb #c22
@@ -536,18 +543,28 @@ def run(job: Job) -> Outcome:
     if job.problem:
         return Outcome(job, "failed", job.problem)
     try:
+        if _present(job):
+            return Outcome(job, "present")
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(job) as got:
             if not got:
                 return Outcome(job, "interrupted")
-            if finished(job.folder) and not job.force:
-                _point_latest(job)
+            if _present(job):  # another runner has done it meanwhile
                 return Outcome(job, "present")
             state, message = _run_locked(job, start)
     except OSError as e:  # the disk is full, or the folder of runs cannot be written
         shutil.rmtree(job.part, ignore_errors=True)
         state, message = "failed", f"{type(e).__name__}: {e}"
     return Outcome(job, state, message, time.monotonic() - start)
+
+
+def _present(job: Job) -> bool:
+    "Whether a job is finished and need not run; `latest` then names it."
+    if job.force or not finished(job.folder):
+        return False
+    with _ignore(OSError):  # a full disk is no reason to fail here
+        _point_latest(job)
+    return True
 
 
 @contextmanager
@@ -578,6 +595,7 @@ def _run_locked(job: Job, start: float) -> tuple[str, str]:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         write_whole(job.part / "job.json", json.dumps(facts, indent=1))
+        (job.part / ".jupyter" / "ipython").mkdir(parents=True)
         state, message = _attend(job)
         shutil.rmtree(job.part / ".jupyter", ignore_errors=True)
         if state == "interrupted":
@@ -608,7 +626,9 @@ def _take_place(job: Job) -> None:
 
 def _point_latest(job: Job) -> None:
     "Make `latest` name this run."
-    write_whole(job.folder.parent / "latest", job.folder.name + "\n")
+    pointer, text = job.folder.parent / "latest", job.folder.name + "\n"
+    if not pointer.exists() or pointer.read_text() != text:
+        write_whole(pointer, text)
 
 
 def _keep_failure(job: Job, message: str) -> None:
@@ -769,7 +789,7 @@ def progress_of(job: Job) -> str:
 class State:
     "How a job stands on disk."
 
-    name: str  # "done", "stale", "failed", "running", "never"
+    name: str  # "done", "stale", "failed", "running", "never", "blocked" (its data is missing)
     finished: str = ""  # when, in UTC
     seconds: float | None = None
     why: str = ""  # what changed, or what went wrong
@@ -797,11 +817,11 @@ def _changes(old: dict, new: dict) -> str:
 
 
 def state_of(job: Job) -> State:
-    "How a job stands: finished, out of date, failed, running or never run."
+    "How a job stands: finished, out of date, failed, running, never run, or blocked."
     if job.part.exists() and _is_locked(job):
         return State("running", why=progress_of(job))
     if job.problem:
-        return State("failed", why=job.problem)
+        return State("blocked", why=job.problem)
     if run := finished(job.folder):
         return State("done", run["finished"], run["seconds"])
     error = job.folder / "error.txt"

@@ -38,9 +38,9 @@ class Trained(NamedTuple):
 def trained(
     network: str,  # a name in the registry of models
     data: Dataset,
-    objective: Objective = Standard(),  # noqa: B008
+    objective: Objective = Standard(),
     attack=None,  # the inner attack of adversarial objectives
-    recipe: Recipe = Recipe(),  # noqa: B008
+    recipe: Recipe = Recipe(),
     validation: Dataset | None = None,
     keep: str = "last",  # "best" on the validation split, or "last"
     store: Store | None = None,
@@ -55,7 +55,17 @@ def trained(
     spec |= {"keep": keep, "network": network, "options": options, "code": code_of(objective, attack)}
 
     def build(scratch: Path):
-        result = fit(model, data, objective, attack, recipe, validation, scratch / "checkpoint.pt", keep, progress=progress)
+        result = fit(
+            model,
+            data,
+            objective,
+            attack,
+            recipe,
+            validation,
+            scratch / "checkpoint.pt",
+            keep,
+            progress=progress,
+        )
         return copy_state(model), {"history": result.history, "best_epoch": result.best_epoch}
 
     artifact = (store or Store()).get("model", spec, build)
