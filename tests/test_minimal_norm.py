@@ -1,4 +1,4 @@
-"""DeepFool, Carlini-Wagner and universal perturbations: their promises, parity with foolbox, and what they cost in passes."""
+"""DeepFool, Carlini-Wagner and universal perturbations: their promises, parity with foolbox, their cost in passes."""
 
 import math
 
@@ -165,10 +165,12 @@ def test_nan_logits_raise_whenever_they_appear(what, calls, trained):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: DeepFool("l1"), lambda: DeepFool(steps=0), lambda: DeepFool(candidates=1), lambda: DeepFool(overshoot=-0.1), lambda: DeepFool(growth=0.5),
+        lambda: DeepFool("l1"), lambda: DeepFool(steps=0), lambda: DeepFool(candidates=1),
+        lambda: DeepFool(overshoot=-0.1), lambda: DeepFool(growth=0.5),
         lambda: CarliniWagner(steps=0), lambda: CarliniWagner(search_steps=0), lambda: CarliniWagner(confidence=-1),
         lambda: CarliniWagner(step_size=0), lambda: CarliniWagner(initial_c=0),
-        lambda: UniversalPerturbation(eps=8), lambda: UniversalPerturbation(norm="l0"), lambda: UniversalPerturbation(target_rate=0),
+        lambda: UniversalPerturbation(eps=8), lambda: UniversalPerturbation(norm="l0"),
+        lambda: UniversalPerturbation(target_rate=0),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(make):
