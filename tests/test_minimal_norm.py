@@ -1,4 +1,4 @@
-"""DeepFool, Carlini-Wagner and universal perturbations: their promises, parity with foolbox, and what they cost in passes."""
+"""DeepFool, Carlini-Wagner and universal perturbations: their promises, parity with foolbox, their cost in passes."""
 
 import math
 
@@ -165,10 +165,12 @@ def test_nan_logits_raise_whenever_they_appear(what, calls, trained):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: DeepFool("l1"), lambda: DeepFool(steps=0), lambda: DeepFool(candidates=1), lambda: DeepFool(overshoot=-0.1), lambda: DeepFool(growth=0.5),
+        lambda: DeepFool("l1"), lambda: DeepFool(steps=0), lambda: DeepFool(candidates=1),
+        lambda: DeepFool(overshoot=-0.1), lambda: DeepFool(growth=0.5),
         lambda: CarliniWagner(steps=0), lambda: CarliniWagner(search_steps=0), lambda: CarliniWagner(confidence=-1),
         lambda: CarliniWagner(step_size=0), lambda: CarliniWagner(initial_c=0),
-        lambda: UniversalPerturbation(eps=8), lambda: UniversalPerturbation(norm="l0"), lambda: UniversalPerturbation(target_rate=0),
+        lambda: UniversalPerturbation(eps=8), lambda: UniversalPerturbation(norm="l0"),
+        lambda: UniversalPerturbation(target_rate=0),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(make):
@@ -376,19 +378,22 @@ def test_carlini_keeps_an_image_it_cannot_fool():
     assert torch.equal(QUICK(Constant(), x, torch.zeros(3, dtype=torch.int64)), x)
 
 
-def test_carlini_costs_one_forward_and_one_backward_row_a_step(trained):
+def test_carlini_costs_one_forward_and_at_most_one_backward_row_a_step(trained):
     model, x, y = trained
     right = answers(model, x) == y
     n, todo = len(x), int(right.sum())
     full = CarliniWagner(steps=30, search_steps=2, step_size=0.05, initial_c=0.1, abort_early=False)
     with count_passes(model) as passes:
         full(model, x, y)
-    assert passes.forward_rows == n + 60 * todo and passes.backward_rows == 60 * todo
+    assert n + 60 * todo <= passes.forward_rows <= n + 66 * todo, (
+        "the rest are images whose margin was misjudged"
+    )
+    assert 30 * todo < passes.backward_rows < 60 * todo, "no backward pass where the hinge is flat"
     patient = dict(steps=300, search_steps=1, step_size=0.1, initial_c=1e-3)  # c so small that little happens
     with count_passes(model) as passes:
         CarliniWagner(**patient)(model, x[:8], y[:8])
     assert passes.backward_rows < 0.7 * 300 * 7, "images that stopped getting better leave the round"
-    assert passes.forward_rows == passes.backward_rows + 8
+    assert passes.forward_rows < 0.75 * 300 * 7
 
 
 # Universal perturbations

@@ -67,13 +67,13 @@ def _traced(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/10_attacks/02_deepfool.ipynb #c10
 @dataclass(frozen=True)
 class DeepFool(Attack):
-    "The nearest boundary, step by step (Moosavi-Dezfooli et al. 2016). Images the model already gets wrong come back as they are."
+    "The nearest boundary, step by step (Moosavi-Dezfooli et al. 2016); what is wrong already comes back as it is."
 
     norm: str = "l2"  # "l2" or "linf"
     steps: int = 50  # at most so many linearisations
     candidates: int | None = 10  # consider the likeliest classes only, the image's own among them; None: all
     overshoot: float = 0.02  # go this much further than the boundary
-    growth: float = 4.0  # how much a gradient may grow between two looks at its class; math.inf: look at all in every step
+    growth: float = 4.0  # how much a gradient may grow between two looks at its class; math.inf: always look
 
     def __post_init__(self):
         if self.norm not in ("linf", "l2"):
