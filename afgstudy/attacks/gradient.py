@@ -107,8 +107,9 @@ def ascend(
             gradient = gradient / per_image(size, gradient)
             velocity = gradient if velocity is None else decay * velocity + gradient
         direction = gradient if decay is None else velocity
-        if box:  # as `project`, in three passes over the pixels
-            moved = torch.clamp(direction.sign().mul_(step_size).add_(at), *box)
+        if box:  # as `project`, in place
+            unit = direction.sign_() if decay is None else direction.sign()
+            moved = unit.mul_(step_size).add_(at).clamp_(*box)
         else:
             moved = project(at + step_size * steepest(direction, norm), x, eps, norm)
         at = torch.where(per_image(done, at), at, moved) if stop else moved
