@@ -40,6 +40,10 @@ METHOD_COLOURS: dict[str, str] = {
     "Kannan ALP": "#E69F00",
     "TRADES": "#009E73",
     "AALP": "#D55E00",
+    "ALP+GD": "#CC79A7",
+    "ALP+ASW": "#56B4E9",
+    "RAW+GD": "#333333",
+    "ADV+GD": "#882255",
 }
 
 

@@ -38,7 +38,9 @@ def contribution_at(
     "The contributions of the inputs of `layer` to the cross-entropy; only this layer is run."
     with torch.enable_grad(), torch.autocast(activation.device.type, enabled=False):
         A = activation.detach().to(layer.weight.dtype).requires_grad_()
-        logits = nn.functional.linear(A, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+        logits = nn.functional.linear(
+            A, layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        )
         loss = nn.functional.cross_entropy(logits, y, reduction="sum")
         return contribution(A.detach(), torch.autograd.grad(loss, A)[0])
 
@@ -66,7 +68,9 @@ def guided(
 ) -> Iterator[None]:
     "Masks the features before the logits in every training pass inside; the network is afterwards as it was."
     if hasattr(model, "_orig_mod"):
-        raise ValueError("Guided Dropout hooks into the network and does not work on a compiled one: use compile=False")
+        raise ValueError(
+            "Guided Dropout hooks into the network and does not work on a compiled one: use compile=False"
+        )
     layer = penultimate(model)
 
     def mask(module, inputs):
@@ -75,7 +79,8 @@ def guided(
             return None
         if activation.grad_fn is None:
             raise ValueError(
-                "Guided Dropout needs a layer with parameters before the layer that makes the logits: this model is linear"
+                "Guided Dropout needs a layer with parameters before the layer that makes the logits: "
+                "this model is linear"
             )
         kept = keep_mask(contribution_at(layer, activation[-len(y) :], y), keep, strict).to(activation.dtype)
         return (activation * (kept / kept.mean().clamp(min=1 / len(kept)) if rescale else kept),)
@@ -91,7 +96,7 @@ def guided(
 class GuidedDropout:
     "An objective on the features that contribute most (AALP section 3.1)."
 
-    objective: Objective = ALP()
+    objective: Objective = ALP()  # noqa: RUF009
     keep: float = 0.5  # share of the features that stay, in (0, 1]
     strict: bool = False  # eq. 8 as printed instead of the top half by rank
     rescale: bool = False  # divide what stays by its share, as ordinary dropout does

@@ -44,7 +44,7 @@ class Trained(NamedTuple):
     model: nn.Module  # in eval mode, on the data's device
     history: list[dict[str, float]]  # one row an epoch
     artifact: Artifact  # its place in the store
-    snapshots: list[dict[str, Tensor]] = []  # the weights after each epoch, where they were asked for
+    snapshots: tuple[dict[str, Tensor], ...] = ()  # the weights after each epoch, where they were asked for
 
 
 def build_model(run: partial, model: nn.Module, scratch: Path) -> tuple[dict, dict]:
@@ -65,20 +65,20 @@ def build_course(run: partial, scratch: Path) -> tuple[dict, dict]:
     return tensors, {"history": result.history, "best_epoch": result.best_epoch}
 
 
-def states_of(course: Artifact) -> list[dict[str, Tensor]]:
+def states_of(course: Artifact) -> tuple[dict[str, Tensor], ...]:
     "The weights after each epoch, in order."
     states: list[dict[str, Tensor]] = [{} for _ in course.extra["history"]]
     for key, value in course.tensors.items():
         epoch, name = key.split("/", 1)
         states[int(epoch)][name] = value
-    return states
+    return tuple(states)
 
 
 def trained(
     network: str,  # a name in the registry of models
     data: Dataset,
     objective: Objective = Standard(),
-    attack=None,  # the inner attack of adversarial objectives
+    attack=None,  # the inner attack of adversarial objectives; the others do without
     recipe: Recipe = Recipe(),
     validation: Dataset | None = None,
     keep: str = "last",  # "best" on the validation split, or "last"
@@ -88,6 +88,7 @@ def trained(
     **options,  # of the network
 ) -> Trained:
     "The network that this description leads to: from the store where it was trained before, else trained now."
+    attack = attack if objective.needs_attack else None
     channels, size = data.x.shape[1], data.x.shape[-1]
     shape = dict(classes=len(data.classes), channels=channels, size=size, seed=recipe.seed)
     model = create(network, **shape, **options).to(data.x.device)
@@ -95,7 +96,7 @@ def trained(
     spec |= {"keep": keep, "network": network, "options": options, "code": code_of(objective, attack)}
     store = store or Store()
     run = partial(fit, model, data, objective, attack, recipe, validation, keep=keep, progress=progress)
-    states: list[dict[str, Tensor]] = []
+    states: tuple[dict[str, Tensor], ...] = ()
     build = partial(build_model, run, model)
     if snapshots:
         course = store.get("course", spec, partial(build_course, run))
