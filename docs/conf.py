@@ -83,6 +83,7 @@ html_title = project
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["results.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False

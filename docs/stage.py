@@ -27,7 +27,14 @@ ROOMS = {
     "40_cafd": "CAFD",
     "50_afg": "AFG",
     "60_study": "Study",
+    "70_howto": "How to",
 }
+PAPERS = {
+    "aalp": "20_aalp",
+    "two_stream": "30_two_stream",
+    "cafd": "40_cafd",
+    "afg": "50_afg",
+}  # paper -> its room
 PRESETS = (
     "paper",
     "cpu",
@@ -477,8 +484,8 @@ def result_page(site: Site, result: Result, source: str) -> None:
     site.write(result.page, "\n".join(lines) + "\n")
 
 
-def experiments(site: Site) -> Callable[[], dict[str, list[str]]]:
-    "Find the experiments and benchmarks and where they are shown; what this returns writes them and says the pages."
+def experiments(site: Site) -> tuple[dict[str, str], list[Result]]:
+    "The experiments and benchmarks, name -> notebook, and the committed runs; where each is shown is noted."
     sources = {}
     for room in ("experiments", "benchmarks"):
         for path in files(site.root / "nbs" / room, "*.ipynb"):
@@ -490,21 +497,53 @@ def experiments(site: Site) -> Callable[[], dict[str, list[str]]]:
         ran = [r.page for r in runs if r.experiment == name]
         site.shown_at[source] = ran[0] if ran else source.removeprefix("nbs/")
     site.shown_at |= {r.notebook: r.page for r in runs if r.notebook}
+    return sources, runs
 
-    def write() -> dict[str, list[str]]:
-        pages: dict[str, list[str]] = {"Experiments": [], "Benchmarks": []}
-        for name in sorted({*sources, *(r.experiment for r in runs)}):
-            room = pages["Benchmarks" if name.startswith("benchmarks/") else "Experiments"]
-            ran = [r for r in runs if r.experiment == name]
-            for result in ran:
-                result_page(site, result, sources.get(name, ""))
-                room.append(result.page)
-            if not ran:
-                site.notebook(sources[name], site.shown_at[sources[name]], not_run)
-                room.append(site.shown_at[sources[name]])
-        return pages
 
-    return write
+def write_experiments(site: Site, sources: dict[str, str], runs: list[Result]) -> dict[str, list[str]]:
+    "Write a page for each run, and for each notebook that has none; room -> pages."
+    pages: dict[str, list[str]] = {"Experiments": [], "Benchmarks": []}
+    for name in sorted({*sources, *(r.experiment for r in runs)}):
+        room = pages["Benchmarks" if name.startswith("benchmarks/") else "Experiments"]
+        ran = [r for r in runs if r.experiment == name]
+        for result in ran:
+            result_page(site, result, sources.get(name, ""))
+            room.append(result.page)
+        if not ran:
+            site.notebook(sources[name], site.shown_at[sources[name]], not_run)
+            room.append(site.shown_at[sources[name]])
+    return pages
+
+
+def tables_of(
+    site: Site, paper: str, sources: dict[str, str], runs: list[Result]
+) -> Callable[[NotebookNode], None]:
+    "What the page of a paper's room ends with: its tables and figures, each with its committed runs."
+    lines = ["## Its tables and figures", "", "| | what it asks | committed runs |", "|---|---|---|"]
+    page = site.shown_at.get(f"nbs/{PAPERS[paper]}/index.ipynb", "")
+    for name, source in sources.items():
+        if name.startswith(f"{paper}/"):
+            title, question = heading(read_notebook(site.root / source))
+            title = title.partition(", ")[2] or title
+            ran = [f"[{r.preset}]({relative(r.page, page)})" for r in runs if r.experiment == name]
+            lines.append(
+                f"| [{title}]({relative(site.shown_at[source], page)}) | {question} | {', '.join(ran) or '–'} |"
+            )
+
+    def add(notebook: NotebookNode) -> None:
+        if len(lines) > 4:
+            notebook.cells.append(markdown_cell("\n".join(lines), number=1))
+
+    return add
+
+
+def browser_page(site: Site, runs: list[Result]) -> str:
+    "Write the results browser."
+    import browser
+
+    lines = [(r.experiment, r.preset, r.record, re.sub(r"\.(ipynb|md)$", ".html", r.page)) for r in runs]
+    site.write("results.md", browser.page(lines))
+    return "results.md"
 
 
 def not_run(notebook: NotebookNode) -> None:
@@ -539,20 +578,26 @@ def build(root: Path, to: Path) -> int:
     site.references = references(root / "docs" / "references.bib")
     site.shown_at["nbs/index.ipynb"] = site.shown_at["README.md"] = "index.ipynb"
     rooms = library(site)
-    write_experiments = experiments(site)
-    found = modules(site, [source for sources in rooms.values() for source in sources])
+    sources, runs = experiments(site)
+    found = modules(site, [source for notebooks in rooms.values() for source in notebooks])
 
     tocs = []
-    for title, sources in rooms.items():
-        for source in sources:
-            site.notebook(source, site.shown_at[source])
-        tocs.append(toctree(title, [site.shown_at[s] for s in sources]))
-    tocs += [toctree(title, pages) for title, pages in write_experiments().items() if pages]
+    room_of = {f"nbs/{room}/index.ipynb": paper for paper, room in PAPERS.items()}
+    for title, notebooks in sorted(rooms.items(), key=lambda room: room[0] != "How to"):
+        for source in notebooks:
+            paper = room_of.get(source)
+            extra = tables_of(site, paper, sources, runs) if paper else None
+            site.notebook(source, site.shown_at[source], extra)
+        tocs.append(toctree(title, [site.shown_at[s] for s in notebooks]))
+    pages = write_experiments(site, sources, runs)
+    tocs += [toctree(title, found_pages) for title, found_pages in pages.items() if found_pages]
     for module in found:
         reference(site, module)
     site.write("references.bib", (root / "docs" / "references.bib").read_bytes())
     site.write("bibliography.md", (root / "docs" / "bibliography.md").read_bytes())
-    tocs.append(toctree("Reference", [reference_index(site, found), "bibliography.md"]))
+    tocs.append(
+        toctree("Reference", [browser_page(site, runs), reference_index(site, found), "bibliography.md"])
+    )
 
     def sidebar(notebook: NotebookNode) -> None:
         notebook.cells.append(markdown_cell("\n\n".join(tocs)))
