@@ -360,7 +360,10 @@ def reference(site: Site, module: Module) -> None:
     ]
     lines += ["", f"Explained, with examples and tests, in [{module.title}]({notebook})."]
     if module.elsewhere:
-        names = ", ".join(f"[`{s}`](#{site.labels[s]})" for s in sorted(module.elsewhere) if s in site.labels)
+        homes = {s: f"{getattr(live, s).__module__}.{s}" for s in sorted(module.elsewhere)}
+        names = ", ".join(
+            f"[`{s}`](#{site.labels[home]})" for s, home in homes.items() if home in site.labels
+        )
         lines += ["", f"Also importable from `{package}`, and documented where they are defined: {names}."]
     for name in sorted(module.symbols, key=lambda s: (s.isupper(), s[0].islower(), module.symbols.index(s))):
         text = symbol(name, live, site.labels[f"{module.name}.{name}"])
@@ -539,10 +542,10 @@ def tables_of(
 
 def browser_page(site: Site, runs: list[Result]) -> str:
     "Write the results browser."
-    import browser
+    import results_page
 
     lines = [(r.experiment, r.preset, r.record, re.sub(r"\.(ipynb|md)$", ".html", r.page)) for r in runs]
-    site.write("results.md", browser.page(lines))
+    site.write("results.md", results_page.page(lines))
     return "results.md"
 
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import click
 import pytest
+from headless import Browser, chromium, opened
 
 # where a page names something that the browser loads, and where it names something to go to
 LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "video": "src", "object": "data"}
@@ -100,6 +101,72 @@ def test_every_link_leads_somewhere(site, pages):
                 if unquote(parts.fragment) not in anchors:
                     broken.append((name, address))
     assert broken == []
+
+
+def test_results_browser_shows_every_committed_row(project, pages, site):
+    records = [json.loads(p.read_text()) for p in (project / "data" / "results").rglob("record.json")]
+    text = (site / "results.html").read_text()
+    body = text[text.index("<tbody>", text.index('class="results"')) : text.index("</tbody>")]
+    assert body.count("<tr>") == sum(len(r["rows"]) for r in records) > 0
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if chromium() is None:
+        pytest.skip("no Chromium on this machine")
+    with opened() as one:
+        yield one
+
+
+def address(site: Path, page: str) -> str:
+    return (site / page.partition("?")[0]).as_uri() + "".join(page.partition("?")[1:])
+
+
+def test_pages_log_no_error_and_load_nothing_from_elsewhere(browser: Browser, site):
+    for page in (
+        "index.html",
+        "results.html",
+        "10_attacks/01_gradient.html",
+        "api/afgstudy.attacks.gradient.html",
+    ):
+        browser.errors.clear()
+        browser.requests.clear()
+        browser.open(address(site, page))
+        assert browser.errors == [] and browser.requests, page
+        assert all(r.startswith(("file:", "data:", "blob:")) for r in browser.requests), page
+
+
+def test_search_finds_deepfool(browser: Browser, site):
+    browser.open(address(site, "search.html?q=DeepFool"))
+    browser.until("document.querySelectorAll('#search-results li').length > 0")
+    assert "DeepFool" in browser.value("document.querySelector('#search-results').innerText")
+
+
+def test_results_can_be_filtered_and_sorted(browser: Browser, site):
+    browser.open(address(site, "results.html?words=Madry"))
+    shown = "[...document.querySelectorAll('.results tbody tr')].filter((r) => !r.hidden)"
+    assert browser.value(f"{shown}.length") > 0
+    assert browser.value(f"{shown}.every((r) => r.textContent.includes('Madry'))")
+    browser.value("document.querySelectorAll('.results th button')[7].click()")  # by the measured value
+    values = [float(v) for v in browser.value(f"{shown}.map((r) => r.cells[7].dataset.key)") if v]
+    assert values == sorted(values) and len(set(values)) > 1
+    browser.value("document.querySelectorAll('.results th button')[7].click()")
+    falling = [float(v) for v in browser.value(f"{shown}.map((r) => r.cells[7].dataset.key)") if v]
+    assert falling == values[::-1] or sorted(falling, reverse=True) == falling
+
+
+def test_a_phone_can_read_it_and_dark_is_dark(browser: Browser, site):
+    for page in ("index.html", "results.html", "10_attacks/01_gradient.html"):
+        browser.open(address(site, page), width=400)
+        assert browser.value("document.documentElement.scrollWidth") <= 400, page
+    light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    browser.open(address(site, "index.html"))
+    assert browser.value(light) > 600
+    browser.open(address(site, "index.html"), dark=True)
+    assert browser.value(light) < 200
 
 
 def test_mathematics_comes_from_here(site, pages):
@@ -244,7 +311,8 @@ def test_committed_run_without_a_notebook_gets_a_page(stage, tmp_path):
     record |= {"figures": [{"name": "fig", "caption": "Seen"}], "provenance": {"seconds": 1800, "seeds": [0]}}
     (folder / "record.json").write_text(json.dumps(record))
     site = stage.Site(tmp_path, tmp_path / "pages")
-    assert stage.experiments(site)()["Experiments"] == ["experiments/aalp/table2-cpu.md"]
+    made = stage.write_experiments(site, *stage.experiments(site))
+    assert made["Experiments"] == ["experiments/aalp/table2-cpu.md"]
     page = (site.to / "experiments" / "aalp" / "table2-cpu.md").read_text()
     assert "| mnist | RAW | PGD-40 | accuracy | 0.64 | – | – | – |" in page
     assert "| mnist | RAW | clean | accuracy | 0.64 | 98.90 | 98.70 to 99.10 | 10,000 |" in page

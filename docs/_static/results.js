@@ -10,6 +10,9 @@ document.addEventListener("DOMContentLoaded", () => {
   const words = root.querySelector("input[name=words]");
   const choices = Array.from(root.querySelectorAll("select"));
   const count = root.querySelector(".results-count");
+  const address = new URLSearchParams(location.search); // results.html?words=AALP&preset=cpu
+  words.value = address.get("words") ?? words.value;
+  for (const c of choices) c.value = address.get(c.name) ?? c.value;
 
   function filter() {
     const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean);

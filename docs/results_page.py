@@ -1,6 +1,6 @@
 """The results browser: every row of every committed record in one static table that sorts and filters in the page."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from html import escape
 
 COLUMNS = ("paper", "table", "dataset", "method", "attack", "metric", "published", "measured", "95% interval")
@@ -61,13 +61,21 @@ def table(
             cells.append(f'<td{kind} data-key="{escape(key_of(column, line[column]))}">{shown}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = [f'<th><button type="button">{escape(c)}</button></th>' for c in COLUMNS]
-    return (
-        f'<div class="results">\n<form class="results-filter">\n{filters(lines)}\n</form>\n'
-        f'<p class="results-count" aria-live="polite">{len(rows):,} rows</p>\n<div class="results-scroll">\n<table>\n'
-        f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n"
-        + "\n".join(rows)
-        + "\n</tbody>\n</table>\n</div>\n</div>"
-    )
+    body = "\n".join(rows)
+    return f"""<div class="results">
+<form class="results-filter">
+{filters(lines)}
+</form>
+<p class="results-count" aria-live="polite">{len(rows):,} rows</p>
+<div class="results-scroll">
+<table>
+<thead><tr>{"".join(heads)}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table>
+</div>
+</div>"""
 
 
 def filters(lines: list[tuple[dict[str, str], str]]) -> str:
@@ -77,17 +85,20 @@ def filters(lines: list[tuple[dict[str, str], str]]) -> str:
         values = sorted({line[column] for line, _ in lines})
         options = "".join(f"<option>{escape(v)}</option>" for v in values)
         place = COLUMNS.index(column)
-        select = f'<select data-column="{place}"><option value="">all</option>{options}</select>'
+        select = (
+            f'<select name="{column}" data-column="{place}"><option value="">all</option>{options}</select>'
+        )
         parts.append(f"<label>{escape(column)} {select}</label>")
     return "\n".join(parts)
 
 
-def page(runs: Iterable[tuple[str, str, dict, str]], cite: Callable[[str], str] = str) -> str:
+def page(runs: Iterable[tuple[str, str, dict, str]]) -> str:
     "The page, as Markdown with the table in it."
     about = (
         "Every number of every committed run. A click on a column's name sorts by it, a second click turns the order; "
-        "several words must all occur in a row. The name of a table leads to the executed notebook. What the columns "
-        "mean is said in [How to read the numbers](70_howto/00_numbers.ipynb)."
+        "several words must all occur in a row. The name of a table leads to the executed notebook. An address such as "
+        "`results.html?paper=aalp&words=PGD-100` opens the page filtered. "
+        "What the columns mean is said in [How to read the numbers](70_howto/00_numbers.ipynb)."
     )
     head = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n\n# Results\n\n"
-    return f"{head}{cite(about)}\n\n```{{raw}} html\n{table(runs)}\n```\n"
+    return f"{head}{about}\n\n```{{raw}} html\n{table(runs)}\n```\n"
