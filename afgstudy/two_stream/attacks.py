@@ -85,7 +85,7 @@ def wrong_categories(
     scores = model.logits(x).scatter(1, y[:, None], -torch.inf)
     empty = [k for k, group in enumerate(model.categorised.groups[: scores.shape[1]]) if not group]
     scores[:, empty] = -torch.inf
-    order = scores.argsort(1, descending=True, stable=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)
     width = int(torch.isfinite(scores).sum(1).min()) if len(x) else 0
     return order[:, : width if most is None else min(most, width)]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARS', 'AIRCRAFT', 'PHOTOGRAPHS', 'SLOW', 'label_map', 'category_images', 'allowed_for', 'low_network',
            'high_network', 'digest_of', 'description', 'evidence_under', 'fitted_universal', 'Bench', 'bench', 'Seen',
-           'attacked', 'network_rates', 'verdict_rates']
+           'attacked', 'study_attacks', 'network_rates', 'verdict_rates', 'summed']
 
 # %% ../../nbs/30_two_stream/05_bench.ipynb #c02
 import hashlib
@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attacks import UniversalPerturbation
+from ..attacks import BIM, UniversalPerturbation
 from ..attacks.base import Attack
 from ..attacks.universal import FittedUniversal
 from ..data import Dataset, load, stream
 from ..device import generator_for
 from ..stats import Estimate, macro_average, proportion
 from ..training import Recipe, describe, state_digest
+from .attacks import Harmless, Informed, ResizeOnly, SumOfTypes, table_attacks
 from afgstudy.two_stream.defence import (
     Evidence,
     TwoStream,
@@ -138,9 +139,7 @@ def high_network(
     "The network that sees everything; on photographs it needs weights."
     if dataset != "shapes":
         if not weights:
-            raise ValueError(
-                f"the high-resolution network of {dataset} needs ImageNet weights: name some, or 'default'"
-            )
+            raise ValueError(f"the high-resolution network of {dataset} needs ImageNet weights, or 'default'")
         return make_network(name, len(read_map().table), 3, size, weights=weights, **options)
     data = load("shapes", "train", n=n_train, size=size, agreement=agreement, seed=seed)
     recipe = Recipe(epochs=epochs, batch_size=24, lr=1e-2, schedule="cosine", seed=seed)
@@ -175,10 +174,7 @@ def evidence_under(
         for x, y in data.batches(batch_size):
             x = x if attack is None else attack(defence, x, y, generator)
             parts.append(defence.look(x))
-        return {
-            name: torch.cat(tensors)
-            for name, tensors in zip(Evidence._fields, zip(*parts, strict=True), strict=True)
-        }
+        return {name: torch.cat([getattr(part, name) for part in parts]) for name in Evidence._fields}
 
     if store is None:
         return Evidence(**build())
@@ -255,13 +251,13 @@ class Seen(NamedTuple):
     allowed: Tensor  # [N, C] bool
 
 
-SLOW = ("One-pixel", "Three-pixel", "Carlini")
+SLOW = ("MI-FGSM", "DeepFool", "One-pixel", "Three-pixel", "Carlini", "sum of types")
 
 
 def attacked(
     b: Bench,
     attacks: dict[str, Attack | None],
-    n_slow: int = 0,  # images for the slow attacks, 0 for all
+    n_slow: int = 0,  # images for the attacks in SLOW, 0 for all
     seed: int = 0,
     batch_size: int = 32,
     store=None,
@@ -279,6 +275,28 @@ def attacked(
     return seen
 
 # %% ../../nbs/30_two_stream/05_bench.ipynb #c16
+def study_attacks(
+    b: Bench,
+    eps: float,
+    steps: int,  # of the iterated attacks
+    informed_steps: int = 10,
+    informed_targets: int = 0,  # categories to try, 0 for all
+    sum_targets: int = 0,
+    passes: int = 2,  # over the images the universal perturbation is fitted to
+    store=None,
+    **settings,  # of `table_attacks`
+) -> dict[str, Attack]:
+    "Everything that is run against the defence."
+    universal = UniversalPerturbation(eps=eps, passes=passes)
+    fitted = fitted_universal(b.defence, b.fit_data, universal, store=store)
+    rows: dict[str, Attack] = table_attacks(eps, steps, universal=fitted, **settings)
+    rows |= {"resize only": ResizeOnly()} | {kind: Harmless(kind) for kind in ("noise", "blur", "jpeg")}
+    half = BIM(eps=eps / 2, step_size=min(1.25 * eps / steps, eps / 2), steps=steps, targeted=True)
+    rows["sum of types"] = SumOfTypes(half, half, sum_targets or None)
+    step_size = min(2.5 * eps / informed_steps, eps)
+    return rows | {"informed": Informed(eps, step_size, informed_steps, informed_targets or None)}
+
+# %% ../../nbs/30_two_stream/05_bench.ipynb #c19
 def network_rates(s: Seen) -> dict[str, Estimate]:
     "The two columns of Table 1."
     return {
@@ -293,3 +311,9 @@ def verdict_rates(s: Seen, p1: float = 0.1, p2: float = 0.2) -> dict[str, Estima
     columns = {"reject": said.rejected, "right": said.right, "wrong": said.wrong}
     rates = {name: proportion(hits) for name, hits in columns.items()}
     return rates | {f"{name} (macro)": macro_average(hits, s.y) for name, hits in columns.items()}
+
+# %% ../../nbs/30_two_stream/05_bench.ipynb #c21
+def summed(e: Evidence) -> Evidence:
+    "The evidence with `aggregate='sum'`: each class with the probability of its whole category in the top."
+    together = e.high_label[:, :, None] == e.high_label[:, None, :]
+    return e._replace(high_p=(together * e.high_p[:, None, :]).sum(2))

@@ -93,7 +93,7 @@ def decide(
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c14
 class Categorised(nn.Module):
-    "`high` in the categories of a map: logits `[B, C]`, or `[B, C + 1]` where some classes are 'other', which comes last."
+    "`high` in the categories of a map: logits `[B, C]`, or `[B, C + 1]` with 'other' last where some classes are that."
 
     def __init__(self, high: Model, labels: LabelMap):
         super().__init__()

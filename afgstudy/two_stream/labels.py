@@ -22,7 +22,7 @@ OTHER = -1
 
 @dataclass(frozen=True)
 class LabelMap:
-    "Which class of the high-resolution network belongs to which category of the low-resolution one; a function of labels."
+    "Which classes of the high-resolution network belong to which category of the low-resolution one."
 
     name: str
     categories: tuple[str, ...]  # the classes of the low-resolution network, in the order of its logits
