@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARS', 'AIRCRAFT', 'PHOTOGRAPHS', 'SLOW', 'label_map', 'category_images', 'allowed_for', 'low_network',
            'high_network', 'digest_of', 'description', 'evidence_under', 'fitted_universal', 'Bench', 'bench', 'Seen',
-           'attacked', 'study_attacks', 'network_rates', 'verdict_rates', 'summed']
+           'attacked', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates', 'verdict_rates', 'summed']
 
 # %% ../../nbs/30_two_stream/05_bench.ipynb #c02
 import hashlib
@@ -110,7 +110,6 @@ def low_network(
     epochs: int = 10,
     agreement: float = 0.9,
     seed: int = 0,
-    lr: float = 3e-3,
     store=None,
     **options,
 ) -> torch.nn.Module:
@@ -119,9 +118,8 @@ def low_network(
         return make_network(name, len(label_map(dataset).categories), 3, 32, weights=weights, **options)
     shapes = dict(size=32, agreement=agreement) if dataset == "shapes" else {}
     data = load("shapes" if shapes else "cifar10", "train", n=n_train, seed=seed, **shapes)
-    augment = None if shapes else "crop_flip"
-    recipe = Recipe(epochs=epochs, batch_size=32, lr=lr, schedule="cosine", augment=augment, seed=seed)
-    return grown(name, data, recipe, store, **options)
+    how = dict(batch_size=16, lr=1e-2) if shapes else dict(batch_size=64, lr=2e-3, augment="crop_flip")
+    return grown(name, data, Recipe(epochs=epochs, schedule="cosine", seed=seed, **how), store, **options)
 
 
 def high_network(
@@ -297,6 +295,48 @@ def study_attacks(
     return rows | {"informed": Informed(eps, step_size, informed_steps, informed_targets or None)}
 
 # %% ../../nbs/30_two_stream/05_bench.ipynb #c19
+def cross_fitted(
+    low: Callable[[], torch.nn.Module],  # gives the network to start from, a new copy each time
+    shrunk: Dataset,  # images at the low resolution, with categories as labels
+    others: Dataset,  # further images to train on
+    recipe: Recipe,
+    folds: int = 5,
+    store=None,
+) -> Tensor:  # [N, C]
+    "Logits of every shrunk image, from a network that has not seen it."
+    order = torch.randperm(len(shrunk), generator=generator_for(recipe.seed, "folds"))
+    logits = torch.zeros(len(shrunk), len(shrunk.classes), device=shrunk.device)
+    for k in range(folds):
+        out = order[k::folds].sort().values
+        seen = shrunk.take(torch.ones(len(shrunk), dtype=torch.bool).index_fill(0, out, False))
+        both = replace(others, x=torch.cat([seen.x, others.x]), y=torch.cat([seen.y, others.y]))
+        model = grown("low", both, recipe, store, start=low())
+        with torch.no_grad():
+            logits[out] = model(shrunk.images(out))
+    return logits
+
+# %% ../../nbs/30_two_stream/05_bench.ipynb #c22
+def shuffle_tiles(
+    x: Tensor,  # [B, C, H, H]
+    tiles: int = 10,  # tiles a side
+    seed: int = 0,
+) -> Tensor:
+    "The images with their tiles in random order."
+    side = x.shape[-1] // tiles
+    if side < 1:
+        raise ValueError(f"{x.shape[-1]} pixels cannot be cut into {tiles} tiles a side")
+    edge, width = (x.shape[-1] - side * tiles) // 2, side * tiles
+    inner = x[..., edge : edge + width, edge : edge + width]
+    cut = inner.unflatten(-1, (tiles, side)).unflatten(-3, (tiles, side)).movedim(-2, -3).flatten(2, 3)
+    draw = generator_for(seed, "tiles")
+    order = torch.rand(len(x), tiles * tiles, generator=draw).argsort(1).to(x.device)
+    mixed = torch.take_along_dim(cut, order[:, None, :, None, None], 2)
+    out = x.clone()
+    whole = mixed.unflatten(2, (tiles, tiles)).movedim(-2, -3).flatten(-2).flatten(-3, -2)
+    out[..., edge : edge + width, edge : edge + width] = whole
+    return out
+
+# %% ../../nbs/30_two_stream/05_bench.ipynb #c25
 def network_rates(s: Seen) -> dict[str, Estimate]:
     "The two columns of Table 1."
     return {
@@ -312,7 +352,7 @@ def verdict_rates(s: Seen, p1: float = 0.1, p2: float = 0.2) -> dict[str, Estima
     rates = {name: proportion(hits) for name, hits in columns.items()}
     return rates | {f"{name} (macro)": macro_average(hits, s.y) for name, hits in columns.items()}
 
-# %% ../../nbs/30_two_stream/05_bench.ipynb #c21
+# %% ../../nbs/30_two_stream/05_bench.ipynb #c27
 def summed(e: Evidence) -> Evidence:
     "The evidence with `aggregate='sum'`: each class with the probability of its whole category in the top."
     together = e.high_label[:, :, None] == e.high_label[:, None, :]
