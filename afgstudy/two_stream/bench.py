@@ -118,7 +118,7 @@ def low_network(
         return make_network(name, len(label_map(dataset).categories), 3, 32, weights=weights, **options)
     shapes = dict(size=32, agreement=agreement) if dataset == "shapes" else {}
     data = load("shapes" if shapes else "cifar10", "train", n=n_train, seed=seed, **shapes)
-    how = dict(batch_size=16, lr=1e-2) if shapes else dict(batch_size=64, lr=2e-3, augment="crop_flip")
+    how = dict(batch_size=24, lr=3e-3) if shapes else dict(batch_size=64, lr=2e-3, augment="crop_flip")
     return grown(name, data, Recipe(epochs=epochs, schedule="cosine", seed=seed, **how), store, **options)
 
 
