@@ -29,6 +29,9 @@ class JPEG(nn.Module):
             raise ValueError(f"quality must be 1 to 100, got {quality!r}")
         self.quality, self.through = quality, BPDA(self.compress)
 
+    def extra_repr(self) -> str:
+        return f"quality={self.quality}"
+
     def compress(self, x: Tensor) -> Tensor:
         "What the file decodes to, `[B, C, H, W]`, of images with 1 or 3 channels."
         if x.shape[1] not in (1, 3):
@@ -69,6 +72,9 @@ class TotalVariation(nn.Module):
         if not weight > 0 or steps < 1:
             raise ValueError(f"weight must be positive and steps at least 1, got {weight!r} and {steps!r}")
         self.weight, self.steps = weight, steps
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, steps={self.steps}"
 
     def forward(self, x: Tensor) -> Tensor:
         down, right = torch.zeros_like(x), torch.zeros_like(x)

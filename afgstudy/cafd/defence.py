@@ -38,9 +38,13 @@ class Purified(nn.Module):
         if bits is not None and not 1 <= bits <= 16:
             raise ValueError(f"bits must be 1 to 16, or None for no rounding, got {bits!r}")
         self.purifier, self.target = purifier, target
+        self.settings = f"bits={bits}, straight={straight}"
         levels = 2**bits - 1 if bits else None
         self.clip = BPDA(clip) if straight else clip
         self.round = BPDA(lambda z: (z * levels).round() / levels) if bits else nn.Identity()
+
+    def extra_repr(self) -> str:
+        return self.settings
 
     def purify(self, x: Tensor) -> Tensor:
         "Purified images `[B, C, H, W]` in [0, 1]."

@@ -256,7 +256,7 @@ def stored_attack(
     batch_size: int = 512,
 ):  # Artifact, with the images as tensors["x"]
     "Attacked images of a whole set, made once."
-    spec = {"attack": describe(attack), "model": state_digest(model), "kind": str(type(model).__name__)}
+    spec = {"attack": describe(attack), "model": state_digest(model), "network": repr(model)}
     spec |= {"data": data.checksum, "seed": seed, "batch_size": batch_size, "device": data.device.type}
     code = [type(attack).__module__, "afgstudy.attacks.evaluate", "afgstudy.cafd.defence"]
     return store.get(
