@@ -79,7 +79,9 @@ class Workshop:
             return create(network, weights=weights, **options).to(self.train.device)
         inner = PGD(eps=self.eps, step_size=self.eps / 4, steps=7) if robust else None
         objective = Madry() if robust else Standard()
-        result = self.trained(network, self.train, objective, inner, self.target_recipe, store=self.store, **options)
+        result = self.trained(
+            network, self.train, objective, inner, self.target_recipe, store=self.store, **options
+        )
         self.used.append(result.artifact)
         return result.model
 
