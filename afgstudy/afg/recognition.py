@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mixed_label', 'top2_iou', 'decode', 'second_network', 'Fitted', 'unit', 'Reader', 'bce_over_entries', 'train_second',
-           'cheap_features', 'linear_probe', 'svm', 'ensemble', 'metzen_detector']
+           'cheap_features', 'affine_fit', 'linear_probe', 'svm', 'ensemble', 'metzen_detector']
 
 # %% ../../nbs/50_afg/04_recognition.ipynb #c02
 from collections.abc import Callable, Sequence
@@ -165,34 +165,42 @@ def cheap_features(
     return {k: torch.cat(v) for k, v in parts.items()}
 
 
-def linear_probe(
+def affine_fit(
     x: Tensor,  # [N, D]
     target: Tensor,  # [N, outputs] of 0 and 1
-    decay: float = 1e-3,  # weight of the squared weights
+    decay: float = 1e-3,  # weight of the squared weights, on standardised inputs
     steps: int = 60,  # of L-BFGS
-) -> Fitted:
-    "One linear layer on standardised inputs, trained to the minimum of the same loss as a second network."
-    x, target = x.flatten(1).float(), target.float()
+) -> tuple[Tensor, Tensor]:  # weight [outputs, D] and bias [outputs]
+    "Logistic regression to the minimum of its loss, the standardisation of the inputs folded in."
+    target, mixed = target.float(), not bool((target.sum(1) == 1).all())
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    z = (x - mean) / std
     weight = torch.zeros(x.shape[1], target.shape[1], requires_grad=True)
     bias = torch.zeros(target.shape[1], requires_grad=True)
-    mixed = not bool((target.sum(1) == 1).all())
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
-
-    def score(inputs: Tensor) -> Tensor:
-        return (inputs.flatten(1).float() - mean) / std @ weight + bias
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        scores = score(x)
+        scores = z @ weight + bias
         loss = bce_over_entries(scores, target) if mixed else F.cross_entropy(scores, target)
         loss = loss + decay * weight.square().sum()
         loss.backward()
         return loss
 
     optimiser.step(closure)
-    weight, bias = weight.detach(), bias.detach()
-    return Fitted(lambda inputs: (inputs.flatten(1).float() - mean) / std @ weight + bias)
+    folded = (weight.detach() / std[:, None]).T.contiguous()
+    return folded, bias.detach() - folded @ mean
+
+
+@torch.enable_grad()
+def linear_probe(
+    x: Tensor,  # [N, ...], flattened
+    target: Tensor,  # [N, outputs] of 0 and 1
+    decay: float = 1e-3,
+) -> Fitted:
+    "One linear layer, trained on the same loss as a second network."
+    weight, bias = affine_fit(x.flatten(1).float(), target, decay)
+    return Fitted(lambda inputs: F.linear(inputs.flatten(1).float(), weight, bias))
 
 # %% ../../nbs/50_afg/04_recognition.ipynb #c18
 def svm(
