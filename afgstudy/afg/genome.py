@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .drawing import Visualiser, visualise
 from .groups import group_features
-from .visualise import Visualiser, visualise
 from ..models import Classifier
 from ..training import state_digest
 
@@ -58,7 +58,7 @@ class Genome:
 
     layers: Sequence[str]  # from shallow to deep, names as `models.layers` lists them
     groups: int = 4  # r, a square number
-    drawing: Visualiser = Visualiser()  # of one group's picture
+    drawing: Visualiser = field(default_factory=Visualiser)  # of one group's picture
     colour: bool = False  # three channels a layer instead of its luminance
     located: bool = False  # eq. 6 with U V: positions weighted by where the group is active
 
@@ -140,7 +140,12 @@ def describe_genomes(
 def check_same(folder: Path, wanted: dict) -> None:
     "Raise `OtherGenomes` if the folder holds something else than `wanted`."
     there = json.loads((folder / MANIFEST).read_text())
-    names = {"weights": "the model's weights", "images": "the images", "genome": "the settings", "format": "the version"}
+    names = {
+        "weights": "the model's weights",
+        "images": "the images",
+        "genome": "the settings",
+        "format": "the version",
+    }
     other = [names.get(k, k) for k in wanted if there.get(k) != wanted[k]]
     if other:
         raise OtherGenomes(
@@ -168,7 +173,9 @@ def part_length(path: Path, shape: Sequence[int]) -> int:
         with safe_open(path, "pt") as part:
             n, *found = part.get_slice("genome").get_shape()
     except (SafetensorError, OSError) as e:
-        raise DamagedGenomes(f"{path.name} cannot be read ({e}): build the set again, only this part is redone") from e
+        raise DamagedGenomes(
+            f"{path.name} cannot be read ({e}): build the set again, only this part is redone"
+        ) from e
     if list(found) != list(shape):
         raise DamagedGenomes(f"{path.name} holds genomes of shape {found}, the manifest says {list(shape)}")
     return n
@@ -186,9 +193,13 @@ class GenomeSet:
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text())
         except (OSError, ValueError) as e:
-            raise FileNotFoundError(f"no set of genomes in {self.folder}: {MANIFEST} is missing or broken") from e
+            raise FileNotFoundError(
+                f"no set of genomes in {self.folder}: {MANIFEST} is missing or broken"
+            ) from e
         if self.manifest.get("format") != FORMAT:
-            raise OtherGenomes(f"{self.folder} is of version {self.manifest.get('format')}, this library reads {FORMAT}")
+            raise OtherGenomes(
+                f"{self.folder} is of version {self.manifest.get('format')}, this library reads {FORMAT}"
+            )
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -204,7 +215,9 @@ class GenomeSet:
     def _read(self, k: int, rows: slice | list[int], name: str = "genome") -> Tensor:
         path = part_path(self.folder, k)
         if not path.exists():
-            raise UnfinishedGenomes(f"{path.name} of {self.parts} parts is not made yet: build the set again to go on")
+            raise UnfinishedGenomes(
+                f"{path.name} of {self.parts} parts is not made yet: build the set again to go on"
+            )
         part_length(path, self.manifest["shape"])
         with safe_open(path, "pt") as part:
             lazy = part.get_slice(name)
@@ -229,7 +242,7 @@ class GenomeSet:
     def labels(self) -> dict[str, Tensor]:
         "What was kept beside the genomes, `[count]` each."
         with safe_open(part_path(self.folder, 0), "pt") as part:
-            names = [n for n in part.keys() if n != "genome"]  # noqa: SIM118
+            names = [n for n in part.keys() if n != "genome"]
         return {n: torch.cat([self._read(k, slice(None), n) for k in range(self.parts)]) for n in names}
 
     def batches(

@@ -9,7 +9,7 @@ __all__ = ['Get', 'Protocol', 'with_pooled_head', 'fit_head', 'anew', 'first_net
 # %% ../../nbs/50_afg/07_protocol.ipynb #c02
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .drawing import Visualiser
 from .genome import Genome, build_genomes
 from afgstudy.afg.recognition import (
     Fitted,
@@ -31,8 +32,7 @@ from afgstudy.afg.recognition import (
     top2_iou,
     train_second,
 )
-from .separability import small_vgg
-from .visualise import Visualiser
+from .separation import small_vgg
 from ..attacks import BIM, FGSM, DeepFool
 from ..attacks.base import Attack
 from ..attacks.evaluate import attacked
@@ -80,7 +80,9 @@ class Protocol:
 
     @property
     def genome(self) -> Genome:
-        return Genome(self.layers, self.groups, Visualiser.small(self.picture, steps=self.steps, seed=self.seed))
+        return Genome(
+            self.layers, self.groups, Visualiser.small(self.picture, steps=self.steps, seed=self.seed)
+        )
 
     @property
     def attacks(self) -> dict[str, Attack]:
@@ -99,7 +101,9 @@ def with_pooled_head(model: Classifier, classes: int) -> Classifier:
     trunk = model.network.features
     with torch.no_grad():
         width = trunk(torch.zeros(1, 3, 96, 96)).shape[1]
-    network = named(features=trunk, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(width, classes))
+    network = named(
+        features=trunk, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(width, classes)
+    )
     return Classifier(network, model.normalise, model.config | {"classes": classes, "head": "pooled"})
 
 
@@ -154,7 +158,12 @@ def first_network(
             fit(model, train, recipe=recipe, checkpoint=scratch / "checkpoint.pt")
         return copy_state(model)
 
-    spec = {"network": p.network, "weights": p.weights, "initial": state_digest(model), "data": train.checksum}
+    spec = {
+        "network": p.network,
+        "weights": p.weights,
+        "initial": state_digest(model),
+        "data": train.checksum,
+    }
     spec |= {"recipe": describe(recipe)} if not p.weights else {}
     artifact = get("model", spec, build, ("afgstudy.training", "afgstudy.networks"))
     model.load_state_dict(artifact.tensors)
@@ -203,22 +212,30 @@ class Material:
         p = self.protocol
         self.model, artifact = first_network(p, self.get)
         self.artifacts.append(artifact)
-        self.pool = load(p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes")
+        self.pool = load(
+            p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes"
+        )
         self.hits = correct(self.model, self.pool.images(), self.pool.y, batch_size=64)
         self.sources = self.pool.take(self.hits)
-        self.test = stratified(self.sources.y, round(p.test_share * len(self.sources)), p.seed, "genome split")
+        self.test = stratified(
+            self.sources.y, round(p.test_share * len(self.sources)), p.seed, "genome split"
+        )
 
     @property
     def classes(self) -> int:
         return len(self.pool.classes)
 
     def images(self, kind: str) -> Tensor:
-        "All sources, `[n, C, H, W]`: `\"clean\"`, or attacked by the attack of this name."
+        'All sources, `[n, C, H, W]`: `"clean"`, or attacked by the attack of this name.'
         if kind == "clean":
             return self.sources.images()
         if kind not in self._cache:
             attack = self.protocol.attacks[kind]
-            spec = {"model": state_digest(self.model), "data": self.sources.checksum, "attack": describe(attack)}
+            spec = {
+                "model": state_digest(self.model),
+                "data": self.sources.checksum,
+                "attack": describe(attack),
+            }
             code = ("afgstudy.attacks.gradient", "afgstudy.attacks.deepfool")
             found = self.get(
                 "attacked", spec | {"seed": self.protocol.seed},
@@ -256,7 +273,12 @@ class Material:
     ) -> Rows:
         "Samples of any images; genomes and cheap descriptions come from `get`."
         genome, model = self.protocol.genome, self.model
-        spec = {"model": state_digest(model), "images": x.cpu(), "layers": list(genome.layers), "groups": genome.groups}
+        spec = {
+            "model": state_digest(model),
+            "images": x.cpu(),
+            "layers": list(genome.layers),
+            "groups": genome.groups,
+        }
         settings = asdict(genome.drawing)
         settings.pop("batch_size")
 
@@ -268,11 +290,20 @@ class Material:
 
         pictures = self.get("genomes", spec | settings, drawn, ("afgstudy.afg.genome",))
         cheap = self.get(
-            "cheap", spec, lambda scratch: cheap_features(model, x, genome.layers, genome.groups, 32), ("afgstudy.afg.groups",)
+            "cheap",
+            spec,
+            lambda scratch: cheap_features(model, x, genome.layers, genome.groups, 32),
+            ("afgstudy.afg.groups",),
         )
         self.artifacts += [pictures, cheap]
         described = [cheap.tensors[k] for k in ("factors", "pooled", "softmax")]
-        return Rows(source.cpu(), self.sources.y.cpu()[source.cpu()], self.answers(x).cpu(), pictures.tensors["genome"], *described)
+        return Rows(
+            source.cpu(),
+            self.sources.y.cpu()[source.cpu()],
+            self.answers(x).cpu(),
+            pictures.tensors["genome"],
+            *described,
+        )
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c16
 def clustered(
@@ -326,7 +357,9 @@ class Second:
         network: Callable[[], nn.Module] | None = None,  # another network than `second`
     ) -> tuple[Fitted, object]:  # and its artifact
         "The trained second network."
-        make = network or (lambda: second_network(self.second, x.shape[1], target.shape[1], x.shape[-1], self.seed))
+        make = network or (
+            lambda: second_network(self.second, x.shape[1], target.shape[1], x.shape[-1], self.seed)
+        )
         net, every = make(), max(1, self.second_epochs // 20)
 
         def iou(model: nn.Module) -> dict[str, float]:

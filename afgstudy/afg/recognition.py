@@ -17,7 +17,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
-from .separability import small_vgg
+from .separation import small_vgg
 from ..defence import Verdict, in_batches, in_mode
 from ..device import generator_for, seed_for
 from ..models import create, features
@@ -159,7 +159,9 @@ def cheap_features(
     with in_mode(model):
         for batch in x.split(batch_size):
             logits, maps = read(batch)
-            parts["factors"].append(torch.cat([groups_of(m, groups).channels.flatten(1) for m in maps.values()], 1))
+            parts["factors"].append(
+                torch.cat([groups_of(m, groups).channels.flatten(1) for m in maps.values()], 1)
+            )
             parts["pooled"].append(torch.cat([m.relu().mean((2, 3)) for m in maps.values()], 1))
             parts["softmax"].append(logits.log_softmax(1))
     return {k: torch.cat(v) for k, v in parts.items()}
@@ -177,7 +179,9 @@ def affine_fit(
     z = (x - mean) / std
     weight = torch.zeros(x.shape[1], target.shape[1], requires_grad=True)
     bias = torch.zeros(target.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -220,7 +224,9 @@ def svm(
 
     data = flat(x).numpy()
     pca = PCA(min(components, *data.shape), svd_solver="randomized", random_state=seed).fit(data)
-    classifier = OneVsRestClassifier(LinearSVC(C=0.1, random_state=seed)).fit(pca.transform(data), target.numpy().astype(int))
+    classifier = OneVsRestClassifier(LinearSVC(C=0.1, random_state=seed)).fit(
+        pca.transform(data), target.numpy().astype(int)
+    )
 
     def score(inputs: Tensor) -> Tensor:
         decided = torch.from_numpy(classifier.decision_function(pca.transform(flat(inputs).numpy()))).float()
@@ -252,6 +258,10 @@ def metzen_detector(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "metzen"))
-        body = [*block(channels, width, True), *block(width, 2 * width, True), *block(2 * width, 2 * width, False)]
+        body = [
+            *block(channels, width, True),
+            *block(width, 2 * width, True),
+            *block(2 * width, 2 * width, False),
+        ]
         top = named(conv=nn.Conv2d(2 * width, 2, 1), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
         return he_init(nn.Sequential(*body, *top))

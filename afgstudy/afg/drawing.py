@@ -70,7 +70,10 @@ class Visualiser:
     def __post_init__(self):
         if self.size < 8 or self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"size >= 8, steps >= 1 and batch_size >= 1 are needed, got {self}")
-        if min(self.pad, self.jitter, self.settle, self.scale, self.turn, self.redirect) < 0 or self.scale >= 1:
+        if (
+            min(self.pad, self.jitter, self.settle, self.scale, self.turn, self.redirect) < 0
+            or self.scale >= 1
+        ):
             raise ValueError(f"transformations are given by sizes >= 0 (scale < 1), got {self}")
 
     @staticmethod
@@ -189,7 +192,9 @@ def visualise(
 ) -> dict[str, Tensor]:  # layer -> [B, r, 3, size, size] in (0, 1)
     "A picture of every group (AFG eq. 6): the input that excites it most. The same for the same seed."
     channels = next((m.shape[1] for n, m in model.named_buffers() if n.endswith("normalise.mean")), 3)
-    bar = tqdm(total=sum(len(v) * v.shape[1] for v in directions.values()), disable=not progress, unit="picture")
+    bar = tqdm(
+        total=sum(len(v) * v.shape[1] for v in directions.values()), disable=not progress, unit="picture"
+    )
     result = {}
     with frozen(model), bar:
         for layer, v in directions.items():
@@ -201,7 +206,9 @@ def visualise(
             for k in range(0, len(v) * v.shape[1], settings.batch_size):
                 part = slice(k, k + settings.batch_size)
                 rows = v.flatten(0, 1)[part]
-                parts.append(climb(model, layer, rows, None if spots is None else spots[part], settings, channels))
+                parts.append(
+                    climb(model, layer, rows, None if spots is None else spots[part], settings, channels)
+                )
                 bar.update(len(rows))
             pictures = torch.cat(parts) if parts else v.new_empty(0, channels, settings.size, settings.size)
             result[layer] = pictures.view(*v.shape[:2], *pictures.shape[1:])

@@ -41,7 +41,11 @@ def small_vgg(
             if k in (1, 2, 4):
                 layers[f"pool{k}"] = nn.MaxPool2d(2)
             inputs = width
-        layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(inputs, classes)}
+        layers |= {
+            "pool": nn.AdaptiveAvgPool2d(1),
+            "flatten": nn.Flatten(),
+            "head": nn.Linear(inputs, classes),
+        }
         network = he_init(nn.Sequential(layers))
     config = dict(name="small_vgg", classes=classes, channels=channels, options={"widths": list(widths)})
     return Classifier(network, Normalise(mean, std, channels), config)
@@ -123,7 +127,9 @@ def separability(
     if not sums or not next(iter(sums.values()))[0].n:
         raise ValueError("separability of nothing: give at least one layer and one pair of batches")
     columns = ["layer", "distance", "distance_error", "kl", "kl_error", "n"]
-    return pd.DataFrame([(k, d.mean, d.error, q.mean, q.error, d.n) for k, (d, q) in sums.items()], columns=columns)
+    return pd.DataFrame(
+        [(k, d.mean, d.error, q.mean, q.error, d.n) for k, (d, q) in sums.items()], columns=columns
+    )
 
 # %% ../../nbs/50_afg/00_separability.ipynb #c16
 def equal_norm_noise(
