@@ -152,7 +152,8 @@ def first_network(
         model = small_vgg(classes, train.x.shape[1], seed=p.seed)
     else:
         pretrained = bool(p.weights) and about_weights(p.weights, p.network).classes == classes
-        model = create(p.network, classes, train.x.shape[1], p.size, p.weights or None, seed=p.seed)
+        size = None if p.weights else p.size  # pretrained convolutions keep the stem they were trained with
+        model = create(p.network, classes, train.x.shape[1], size, p.weights or None, seed=p.seed)
         model = model if pretrained or not p.weights else with_pooled_head(model, classes)
     model.to(device)
     recipe = Recipe(epochs=p.first_epochs, batch_size=30, lr=0.01, schedule="cosine", seed=p.seed)
