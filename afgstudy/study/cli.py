@@ -10,6 +10,7 @@ __all__ = ['main', 'list_', 'status', 'run', 'report', 'publish', 'data', 'data_
 import re
 import signal
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import click
@@ -364,3 +365,26 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return str(next((value[k] for k in ("type", "class", "name") if k in value), ""))
     return "" if value is None or re.fullmatch(r"[0-9a-f]{32,}", str(value)) else str(value)[:24]
+
+# %% ../../nbs/60_study/04_cli.ipynb #genome1
+class _LazyGroup(_Group):
+    "A group of commands that is imported when it is asked for."
+
+    def __init__(self, name: str, source: str, help: str):
+        super().__init__(name, help=help)
+        self.source = source  # "package.module:group"
+
+    def _group(self) -> click.Group:
+        module, name = self.source.split(":")
+        return getattr(import_module(module), name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return self._group().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return self._group().get_command(ctx, name)
+
+
+main.add_command(
+    _LazyGroup("genome", "afgstudy.afg.command:genome", "Sets of feature genomes: build one, look into it.")
+)
