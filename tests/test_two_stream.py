@@ -743,6 +743,42 @@ def test_the_defence_on_real_networks(real_data, real_weights):
     assert verdict.score.min() > 0.5  # noise is nothing the two agree on
 
 
+# --- the experiments ---
+
+
+def experiments() -> list[str]:
+    from afgstudy.study.runner import select
+
+    return list(select(["two_stream/*"]))
+
+
+@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize("preset", ["smoke", "cpu", "paper"])
+def test_every_experiment_has_presets_that_fit_it(name, preset):
+    from afgstudy.study.runner import full_parameters
+
+    values = full_parameters(name, preset)
+    assert preset == "smoke" or "shapes" not in str(values.get("datasets", values.get("dataset")))
+    if name in ("two_stream/table1", "two_stream/table2"):
+        assert values == full_parameters("two_stream/table1", preset)  # the two tables share their evidence
+        assert len(values["datasets"]) == len(values["counts"])
+
+
+def test_every_claim_has_its_experiment():
+    wanted = "table1 table2 fig1 fig2 fig3_4 fig5 transfer backbones small_imagenet shrunk resize premise"
+    assert sorted(experiments()) == sorted(f"two_stream/{name}" for name in wanted.split())
+
+
+def test_published_numbers_add_up_as_they_are_printed():
+    from afgstudy.study.experiment import published
+
+    table = published("two_stream", table=2)
+    totals = table.groupby(["dataset", "attack"]).value.sum()
+    off = {k: round(v, 1) for k, v in totals.items() if abs(v - 100) > 0.15}
+    assert off == {("aircraft", "I: MI-FGSM"): 93.0}  # 92.2 for 99.2?
+    assert len(table) == 3 * 3 * 11 and len(published("two_stream", table=1)) == 11 * (3 * 2 + 1)
+
+
 # --- as an engineer would use it ---
 
 
