@@ -720,6 +720,25 @@ def test_images_come_in_categories():
         category_images("svhn")
 
 
+@pytest.mark.parametrize(("name", "right"), [("cars", ["automobile", "truck"]), ("aircraft", ["airplane"])])
+def test_cars_and_aircraft_have_one_category(monkeypatch, name, right):
+    from afgstudy.two_stream import bench as module
+
+    asked = {}
+
+    def fine_grained(dataset, split, **options):
+        asked.update(options, dataset=dataset, split=split)
+        y = torch.arange(6) * 7
+        return Dataset(dataset, split, torch.zeros(6, 3, 32, 32), y, tuple(str(k) for k in range(100)))
+
+    monkeypatch.setattr(module, "load", fine_grained)
+    data = category_images(name, 6, size=224)
+    assert (asked["dataset"], asked["size"], asked["resize"], asked["n"]) == (name, 224, 256, 6)
+    assert data.classes == read_map().categories and len(set(data.y.tolist())) == 1
+    allowed = module.allowed_for(data)
+    assert [[data.classes[k] for k in row.nonzero()[:, 0]] for row in allowed] == [right] * 6
+
+
 @pytest.mark.real
 def test_real_images_in_categories(real_data):
     data = category_images("imagenet1000", 6, size=64)
