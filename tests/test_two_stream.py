@@ -720,6 +720,25 @@ def test_images_come_in_categories():
         category_images("svhn")
 
 
+@pytest.mark.parametrize(("name", "right"), [("cars", ["automobile", "truck"]), ("aircraft", ["airplane"])])
+def test_cars_and_aircraft_have_one_category(monkeypatch, name, right):
+    from afgstudy.two_stream import bench as module
+
+    asked = {}
+
+    def fine_grained(dataset, split, **options):
+        asked.update(options, dataset=dataset, split=split)
+        y = torch.arange(6) * 7
+        return Dataset(dataset, split, torch.zeros(6, 3, 32, 32), y, tuple(str(k) for k in range(100)))
+
+    monkeypatch.setattr(module, "load", fine_grained)
+    data = category_images(name, 6, size=224)
+    assert (asked["dataset"], asked["size"], asked["resize"], asked["n"]) == (name, 224, 256, 6)
+    assert data.classes == read_map().categories and len(set(data.y.tolist())) == 1
+    allowed = module.allowed_for(data)
+    assert [[data.classes[k] for k in row.nonzero()[:, 0]] for row in allowed] == [right] * 6
+
+
 @pytest.mark.real
 def test_real_images_in_categories(real_data):
     data = category_images("imagenet1000", 6, size=64)
@@ -741,6 +760,42 @@ def test_the_defence_on_real_networks(real_data, real_weights):
     assert said.right.sum() >= 6 and said.wrong.sum() <= 2
     verdict = defence(torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
     assert verdict.score.min() > 0.5  # noise is nothing the two agree on
+
+
+# --- the experiments ---
+
+
+def experiments() -> list[str]:
+    from afgstudy.study.runner import select
+
+    return list(select(["two_stream/*"]))
+
+
+@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize("preset", ["smoke", "cpu", "paper"])
+def test_every_experiment_has_presets_that_fit_it(name, preset):
+    from afgstudy.study.runner import full_parameters
+
+    values = full_parameters(name, preset)
+    assert preset == "smoke" or "shapes" not in str(values.get("datasets", values.get("dataset")))
+    if name in ("two_stream/table1", "two_stream/table2"):
+        assert values == full_parameters("two_stream/table1", preset)  # the two tables share their evidence
+        assert len(values["datasets"]) == len(values["counts"])
+
+
+def test_every_claim_has_its_experiment():
+    wanted = "table1 table2 fig1 fig2 fig3_4 fig5 transfer backbones small_imagenet shrunk resize premise"
+    assert sorted(experiments()) == sorted(f"two_stream/{name}" for name in wanted.split())
+
+
+def test_published_numbers_add_up_as_they_are_printed():
+    from afgstudy.study.experiment import published
+
+    table = published("two_stream", table=2)
+    totals = table.groupby(["dataset", "attack"]).value.sum()
+    off = {k: round(v, 1) for k, v in totals.items() if abs(v - 100) > 0.15}
+    assert off == {("aircraft", "I: MI-FGSM"): 93.0}  # 92.2 for 99.2?
+    assert len(table) == 3 * 3 * 11 and len(published("two_stream", table=1)) == 11 * (3 * 2 + 1)
 
 
 # --- as an engineer would use it ---
