@@ -688,3 +688,20 @@ def test_cafa_on_real_images(real_data, real_weights):
     assert (x_adv - test.images()).abs().max() <= 8 / 255 + 1e-6
     assert correct(model, x_adv, test.y).float().mean() < 0.4
     assert copy_state(model)["network.linear.weight"].shape == (10, 64)
+
+
+def test_an_experiment_from_end_to_end(project, monkeypatch, tmp_path):
+    from click.testing import CliRunner
+
+    from afgstudy.study.cli import main
+
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("AFGSTUDY_RUNS", str(tmp_path))
+    small = dict(n_target=200, n_train=40, n_test=8, epochs=1, target_epochs=1, cafa_steps=2, pgd_steps=2)
+    given = [word for name, value in small.items() for word in ("-p", f"{name}={value}")]
+    ran = CliRunner().invoke(main, ["run", "cafd/maps", *given])
+    assert ran.exit_code == 0, ran.output
+    (record,) = (json.loads(p.read_text()) for p in tmp_path.rglob("record.json"))
+    assert len(record["rows"]) == 9 and {r["n"] for r in record["rows"]} == {8}
+    assert all(r["published"] is None and r["measured"] is not None for r in record["rows"])
+    assert {a["kind"] for a in record["provenance"]["artifacts"]} == {"model", "attacked", "purifier"}
