@@ -308,7 +308,7 @@ class Material:
             ("afgstudy.afg.groups",),
         )
         self.artifacts += [pictures, cheap]
-        described = [cheap.tensors[k] for k in ("factors", "pooled", "softmax")]
+        described = [cheap.tensors[k].cpu() for k in ("factors", "pooled", "softmax")]
         y, answer = self.pool.y.cpu()[source], self.answers(x).cpu()
         return Rows(source, y, answer, pictures.tensors["genome"], *described)
 
@@ -389,7 +389,7 @@ class Second:
         spec = {"initial": state_digest(net), "x": x, "target": target, "recipe": describe(self.recipe)}
         spec |= {"watch": list(watch)} if watch else {}
         found = get("second", spec, build, ("afgstudy.afg.recognition",))
-        reader = Reader(net)
+        reader = Reader(net).to(default_device())
         reader.load_state_dict(found.tensors)
         return Fitted(reader.eval(), found.extra["history"]), found
 
