@@ -159,8 +159,9 @@ def test_a_matrix_has_the_same_factors_alone_and_in_company(seed):
 def test_scale_changes_nothing_but_scale():
     maps = torch.rand(2, 8, 5, 5, generator=generator(0), dtype=torch.float64)
     one, ten = groups_of(maps, 3), groups_of(10 * maps, 3)
-    assert torch.allclose(one.channels, ten.channels, atol=1e-6)
-    assert torch.allclose(10 * one.where, ten.where, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(one.channels, ten.channels, atol=5e-3)
+    assert torch.allclose(10 * one.where, ten.where, atol=0.05)
+    assert torch.allclose(one.error, ten.error, atol=1e-4)
     assert torch.allclose(one.channels.norm(dim=2), torch.ones(2, 3, dtype=torch.float64))
 
 
@@ -480,7 +481,7 @@ def test_second_networks_learn_and_repeat():
         train_second(second_network("narrow", 2, 2, 32), x, target[:1])
 
 
-@pytest.mark.parametrize("name", ["narrow", "vgg11", "googlenet"])
+@pytest.mark.parametrize("name", ["narrow", "googlenet"])
 def test_second_networks_of_any_name_read_any_number_of_layers(name):
     assert second_network(name, 5, 8, 32).eval()(torch.rand(2, 5, 32, 32)).shape == (2, 8)
 
@@ -668,15 +669,28 @@ def test_the_command_builds_informs_and_shows(tmp_path):
     def run(*words):
         return CliRunner().invoke(command, [str(w) for w in words])
 
-    small = ["--size", 32, "-n", 5, "--picture", 8, "--steps", 1, "--layers", "relu5,relu6"]
+    small = [
+        "--size",
+        32,
+        "-n",
+        5,
+        "--train-images",
+        60,
+        "--picture",
+        16,
+        "--steps",
+        1,
+        "--layers",
+        "relu3,relu4",
+    ]
     built = run("build", tmp_path / "g", *small)
     assert built.exit_code == 0 and "5 genomes in 1 parts" in built.output, built.output
-    assert "5, 2x16x16" in run("info", tmp_path / "g").output
+    assert "5, 2x32x32" in run("info", tmp_path / "g").output
     assert (
         run("show", tmp_path / "g", 1, "-o", tmp_path / "p.png").exit_code == 0
         and (tmp_path / "p.png").exists()
     )
-    refused = run("build", tmp_path / "g", *small[:-1], "relu6")
+    refused = run("build", tmp_path / "g", *small[:-1], "relu4")
     assert refused.exit_code == 1 and "differ in" in refused.output and "Traceback" not in refused.output
     assert "genome 9 of 5" in run("show", tmp_path / "g", 9).output
     assert "is not K/N" in run("build", tmp_path / "g", "--share", "2/2").output

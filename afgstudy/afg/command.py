@@ -35,26 +35,24 @@ def _share(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
 @click.option("--size", type=int, default=64, show_default=True, help="Pixels of the images.")
 @click.option("--network", default="small_vgg", show_default=True, help="The first network.")
 @click.option("--weights", default="", help="Its weights; without, it is trained first.")
+@click.option(
+    "--train-images", type=int, default=1500, show_default=True, help="That it, or its head, is trained on."
+)
 @click.option("--layers", default="relu2,relu4,relu6", show_default=True, help="Layers, separated by commas.")
 @click.option("--groups", type=int, default=4, show_default=True)
 @click.option("--picture", type=int, default=56, show_default=True, help="Pixels of one group's picture.")
 @click.option("--steps", type=int, default=64, show_default=True, help="Steps of activation maximisation.")
 @click.option("--share", default="0/1", callback=_share, help="K/N: make every N-th part, from the K-th.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def genome_build(
-    folder, dataset, split, images, size, network, weights, layers, groups, picture, steps, share, seed
-):
+def genome_build(folder, dataset, split, images, train_images, layers, share, **settings):
     "Encode images into FOLDER; goes on where an earlier call stopped."
     from afgstudy.afg.genome import build_genomes
     from afgstudy.afg.protocol import Protocol, first_network
     from afgstudy.data import load
 
     try:
-        protocol = Protocol(
-            dataset=dataset, size=size, network=network, weights=weights, layers=layers.split(","), groups=groups,
-            picture=picture, steps=steps, seed=seed,
-        )  # fmt: skip
-        data = load(dataset, split, n=images, seed=seed, size=size)
+        protocol = Protocol(dataset, n_first=train_images, layers=layers.split(","), **settings)
+        data = load(dataset, split, n=images, seed=protocol.seed, size=protocol.size)
         model, _ = first_network(protocol)
         answers = model(data.images(slice(0, 0))).argmax(1) if not len(data) else _answers(model, data)
         labels = {"y": data.y, "answer": answers}

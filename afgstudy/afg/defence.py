@@ -33,9 +33,10 @@ class AFG:
 
     def scores(self, x: Tensor) -> Tensor:
         "The scores of the mixed label, `[B, 2K]`; drawing is an optimisation, so they have no gradient."
-        return in_batches(
+        read = in_batches(
             lambda part: self.second(self.genome(self.model, part)), x, batch_size=self.batch_size
         )
+        return read.to(x.device)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Verdict:

@@ -87,9 +87,12 @@ def method_figure(
     height = 0.84 / len(pictures)
     for k, (layer, picture) in enumerate(pictures.items()):
         bottom = 0.9 - (k + 1) * height
-        show_image(fig.add_axes((0.39, bottom + 0.01, 0.13, height - 0.02)), picture)
-        ax.text(0.385, bottom + height / 2, layer, ha="right", va="center", fontsize=8)
-        _arrow(ax, (0.275, 0.51), (0.335, bottom + height / 2))
+        side = (
+            (height - 0.02) * fig.get_figheight() / fig.get_figwidth()
+        )  # of a square, in shares of the width
+        show_image(fig.add_axes((0.515 - side, bottom + 0.01, side, height - 0.02)), picture)
+        ax.text(0.505 - side, bottom + height / 2, layer, ha="right", va="center", fontsize=8)
+        _arrow(ax, (0.275, 0.51), (0.43 - side, bottom + height / 2))
     _box(ax, 0.57, 0.42, 0.1, 0.18, "second\nnetwork")
     _arrow(ax, (0.525, 0.51), (0.565, 0.51))
     for k, (name, p) in enumerate(halves):

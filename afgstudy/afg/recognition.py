@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .separation import small_vgg
 from ..defence import Verdict, in_batches, in_mode
-from ..device import generator_for, seed_for
+from ..device import default_device, generator_for, seed_for
 from ..models import create, features
 from ..networks import conv, he_init, named
 from ..training import Recipe, learning_rate, make_optimiser
@@ -84,7 +84,8 @@ class Fitted:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return in_batches(self.score, x, batch_size=256)
+        "The scores, on the CPU."
+        return in_batches(self.score, x, batch_size=256).cpu()
 
 
 def unit(x: Tensor) -> Tensor:
@@ -93,14 +94,14 @@ def unit(x: Tensor) -> Tensor:
 
 
 class Reader(nn.Module):
-    "A network that takes eight-bit genomes."
+    "A network that takes eight-bit genomes from any device."
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(unit(x))
+        return self.network(unit(x.to(next(self.parameters()).device)))
 
 
 def bce_over_entries(scores: Tensor, target: Tensor) -> Tensor:
@@ -119,10 +120,11 @@ def train_second(
     "Train a network on inputs and multi-hot targets; by the recipe's seed alone."
     if len(x) != len(target) or not len(x):
         raise ValueError(f"one target an input is needed, at least one: got {len(x)} and {len(target)}")
-    model, history, mixed = Reader(network).to(x.device), [], not bool((target.sum(1) == 1).all())
+    device, history, mixed = default_device(), [], not bool((target.sum(1) == 1).all())
+    model = Reader(network).to(device)
     optimiser = make_optimiser(model, recipe)
     steps = max(len(x) // recipe.batch_size, 1)
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_for(recipe.seed, "second"))
         for epoch in range(recipe.epochs):
             model.train()
@@ -130,7 +132,7 @@ def train_second(
             for step, rows in enumerate(order.split(recipe.batch_size)[:steps]):
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate(recipe, epoch + step / steps)
-                scores, wanted = model(x[rows]), target[rows].to(x.device)
+                scores, wanted = model(x[rows]), target[rows].to(device)
                 loss = bce_over_entries(scores, wanted) if mixed else F.cross_entropy(scores, wanted)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
