@@ -26,6 +26,12 @@ PAPERS = {
     "cafd": "40_cafd",
     "afg": "50_afg",
 }  # paper -> its room
+PICTURES = {
+    "aalp": "aalp/fig5",
+    "two_stream": "two_stream/fig3_4",
+    "cafd": "cafd/maps",
+    "afg": "afg/fig1_4",
+}  # paper -> the experiment whose first figure shows the method
 PRESETS = (
     "paper",
     "cpu",
@@ -536,6 +542,8 @@ def write_room(
 
     def close(notebook: NotebookNode) -> None:
         if paper:
+            if picture := picture_of(site, paper, runs):
+                notebook.cells.insert(1, markdown_cell(picture, number=3))
             tables_of(site, paper, sources, runs)(notebook)
         if tocs:
             notebook.cells.append(markdown_cell("\n\n".join(tocs), number=2))
@@ -566,6 +574,21 @@ def tables_of(
             notebook.cells.append(markdown_cell("\n".join(lines), number=1))
 
     return add
+
+
+def picture_of(site: Site, paper: str, runs: list[Result]) -> str:
+    "The figure that shows a paper's method, from a committed run, as Markdown; nothing where there is none."
+    page = site.shown_at.get(f"nbs/{PAPERS[paper]}/index.ipynb", "")
+    for result in runs:
+        for figure in result.record.get("figures", []) if result.experiment == PICTURES[paper] else []:
+            path = f"{result.folder}/figures/{figure['name']}.svg"
+            if (site.root / path).is_file():
+                site.shown_at.setdefault(path, f"files/{path}")
+                site.write(f"files/{path}", (site.root / path).read_bytes())
+                caption = figure.get("caption", "")
+                picture = f"![{caption}]({relative(f'files/{path}', page)})"
+                return f"{picture}\n\n*{caption}* From [its page]({relative(result.page, page)})."
+    return ""
 
 
 def browser_page(site: Site, runs: list[Result]) -> str:
