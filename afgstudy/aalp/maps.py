@@ -10,7 +10,7 @@ import torch
 from captum.attr import LayerAttribution, LayerGradCam
 from torch import Tensor, nn
 
-from .contributions import check_labels
+from .dropout import check_labels
 from ..attacks.base import frozen
 
 # %% ../../nbs/20_aalp/04_maps.ipynb #c05
