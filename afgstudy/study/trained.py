@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -91,7 +92,8 @@ def trained(
     attack = attack if objective.needs_attack else None
     channels, size = data.x.shape[1], data.x.shape[-1]
     shape = dict(classes=len(data.classes), channels=channels, size=size, seed=recipe.seed)
-    model = create(network, **shape, **options).to(data.x.device)
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    model = create(network, **shape, **options).to(data.x.device, memory_format=layout)
     spec = training_spec(model, data, objective, attack, recipe, validation)
     spec |= {"keep": keep, "network": network, "options": options, "code": code_of(objective, attack)}
     store = store or Store()
