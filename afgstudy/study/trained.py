@@ -58,7 +58,8 @@ def build_course(run: partial, scratch: Path) -> tuple[dict, dict]:
     "Train; the weights after every epoch. What a killed training has written is there when it goes on."
 
     def write(epoch: int, model: nn.Module) -> None:
-        save_file(copy_state(model), scratch / f"epoch-{epoch:04d}.safetensors")
+        state = {name: value.contiguous() for name, value in copy_state(model).items()}
+        save_file(state, scratch / f"epoch-{epoch:04d}.safetensors")
 
     result = run(checkpoint=scratch / "checkpoint.pt", after_epoch=write)
     files = sorted(scratch.glob("epoch-*.safetensors"))
