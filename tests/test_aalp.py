@@ -29,7 +29,8 @@ from afgstudy.aalp import (
 from afgstudy.attacks import PGD
 from afgstudy.data import load
 from afgstudy.models import count_passes, create, penultimate
-from afgstudy.study.trained import code_of
+from afgstudy.study.store import Store
+from afgstudy.study.trained import code_of, trained
 from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, state_digest
 
 INNER = PGD(eps=0.1, step_size=0.05, steps=2)
@@ -253,6 +254,13 @@ def test_training_is_deterministic():
         fit(model, digits, AALP(), INNER, Recipe(epochs=2, batch_size=32))
         states.append(state_digest(model))
     assert states[0] == states[1]
+
+
+def test_weights_by_epoch_are_kept_in_every_memory_format(tmp_path):
+    digits, store = load("digits", "train", n=64), Store(tmp_path)
+    recipe = Recipe(epochs=2, batch_size=32, channels_last=True)
+    course, alone = (trained("lenet5", digits, AALP(), INNER, recipe, store=store, snapshots=s) for s in (True, False))
+    assert len(course.snapshots) == 2 and state_digest(course.model) == state_digest(alone.model)
 
 
 def test_the_key_of_a_training_covers_the_code_of_wrapped_objectives():
