@@ -281,7 +281,7 @@ def on_part(s: Seen, n_slow: int, seed: int = 0) -> Seen:
     return Seen(Evidence(*(t[part] for t in s.evidence)), s.y[part], s.allowed[part])
 
 # %% ../../nbs/30_two_stream/05_bench.ipynb #c16
-WITH_RADIUS = ("I: FGSM", "I: I-FGSM", "I: Universal", "II: FGSM", "II: I-FGSM", "informed")
+WITH_RADIUS = ("I: FGSM", "I: I-FGSM", "I: MI-FGSM", "I: Universal", "II: FGSM", "II: I-FGSM", "informed")
 
 
 def at_radius(name: str, eps: float) -> str:
