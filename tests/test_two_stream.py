@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from afgstudy.attacks import BIM, FGSM, CarliniWagner, DeepFool, PixelAttack
 from afgstudy.data import Dataset, load
-from afgstudy.defence import Defence, outcome
+from afgstudy.defence import Defence, Verdict, outcome
 from afgstudy.models import count_passes, create
 from afgstudy.study.store import Store
 from afgstudy.two_stream import (
@@ -35,17 +35,30 @@ from afgstudy.two_stream import (
 )
 from afgstudy.two_stream.attacks import Harmless, succeeds, table_attacks, wrong_categories
 from afgstudy.two_stream.bench import (
+    WITH_RADIUS,
     Bench,
+    allowed_for,
     attacked,
+    bench,
     category_images,
     cross_fitted,
     evidence_under,
+    high_network,
+    on_part,
     shuffle_tiles,
     study_attacks,
     summed,
     verdict_rates,
 )
-from afgstudy.two_stream.defence import evidence_of, exactly, frontier, high_hits, low_hits, outcome_among
+from afgstudy.two_stream.defence import (
+    at_budget,
+    evidence_of,
+    exactly,
+    frontier,
+    high_hits,
+    low_hits,
+    outcome_among,
+)
 from afgstudy.two_stream.labels import OTHER, LabelMap, checked_map
 from afgstudy.two_stream.networks import CapsuleMargin, grown, make_network, route, squash
 from afgstudy.two_stream.reputation import counting, mixed, rates, transition, wrong_answers
@@ -274,6 +287,30 @@ def test_the_frontier_holds_what_nothing_beats():
         assert beaten == ((x[i], y[i]) not in points)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]), min_size=1, max_size=12),
+    st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9]),
+)
+def test_a_budget_refuses_the_highest_scores_and_ties_together(scores, share):
+    verdict = Verdict(torch.zeros(len(scores)).long(), torch.zeros(len(scores)).bool(), torch.tensor(scores))
+    y = torch.arange(len(scores)) % 2
+    b = at_budget(verdict, exactly(y, 2), verdict, share)
+    assert (b.refused.astype(int) + b.right + b.wrong == 1).all() and b.refused.mean() >= share - 1e-9
+    kept = [s for s, r in zip(scores, b.refused, strict=True) if not r]
+    gone = [s for s, r in zip(scores, b.refused, strict=True) if r]
+    assert not kept or not gone or max(kept) < min(gone)
+    assert not gone or sum(s > min(gone) for s in scores) < max(1, share * len(scores) + 1e-9)
+    assert b.accuracy.tolist() == [k == 0 for k, r in zip(y.tolist(), b.refused, strict=True) if not r]
+
+
+def test_a_budget_that_makes_no_sense():
+    verdict = Verdict(torch.zeros(1).long(), torch.zeros(1).bool(), torch.ones(1))
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"a share in \[0, 1\)"):
+            at_budget(verdict, exactly(verdict.label, 2), verdict, share)
+
+
 # --- the defence as a whole ---
 
 
@@ -340,8 +377,6 @@ def test_a_flat_image_stays_flat_whatever_the_resize(mode):
 
 def test_a_car_may_be_called_a_truck_and_nothing_else():
     cars = Dataset("cars", "test", torch.zeros(3, 3, 4, 4), torch.ones(3).long(), read_map().categories)
-    from afgstudy.two_stream.bench import allowed_for
-
     answers = decide(
         Evidence(
             torch.full((3, 1), 0.9),
@@ -665,11 +700,18 @@ def test_every_row_of_the_study_runs_and_adds_up(pair):
     quick = dict(population=8, generations=1, cw_steps=2, cw_rounds=1)
     b = Bench(data, pair, data.take(slice(0, 3)), None)
     attacks = study_attacks(b, EPS, 2, informed_steps=2, passes=1, **quick)
-    assert len(attacks) == 16 and list(table_attacks(EPS)) == [
-        k for k in attacks if k[0] == "I" and k != "I: Universal"
-    ]
+    at_another = study_attacks(b, EPS, 2, informed_steps=2, passes=1, other_eps=[EPS / 2], **quick)
+    assert len(attacks) == 16 and list(at_another) == [*attacks, *(f"{k}, 4/255" for k in WITH_RADIUS)]
+    assert at_another["I: I-FGSM, 4/255"].attack.eps == EPS / 2 == at_another["informed, 4/255"].eps
+    assert list(table_attacks(EPS)) == [k for k in attacks if k[0] == "I" and k != "I: Universal"]
+    attacks |= {"II: FGSM, 4/255": at_another["II: FGSM, 4/255"]}
     seen = attacked(b, attacks, n_slow=4)
-    assert len(seen) == 17 and {len(seen[k].y) for k in ("clean", "II: Carlini")} == {8, 4}
+    sizes = {k: len(seen[k].y) for k in ("clean", "II: FGSM", "II: Carlini", "II: FGSM, 4/255")}
+    assert len(seen) == 18 and list(sizes.values()) == [8, 8, 4, 4]
+    part = on_part(seen["clean"], 4)
+    assert torch.equal(part.y, seen["II: Carlini"].y) and torch.equal(part.y, data.subset(4).y)
+    assert torch.equal(part.evidence.high_p, evidence_under(None, pair, data.subset(4)).high_p)
+    assert on_part(part, 4) is part
     for s in seen.values():
         shares = verdict_rates(s)
         assert abs(sum(shares[k].value for k in ("reject", "right", "wrong")) - 1) < 1e-9
@@ -720,23 +762,55 @@ def test_images_come_in_categories():
         category_images("svhn")
 
 
-@pytest.mark.parametrize(("name", "right"), [("cars", ["automobile", "truck"]), ("aircraft", ["airplane"])])
-def test_cars_and_aircraft_have_one_category(monkeypatch, name, right):
-    from afgstudy.two_stream import bench as module
+def write_cars(root) -> None:
+    "Four photographs of Stanford Cars a split, as the set is laid out."
+    import scipy.io
+    from PIL import Image
 
-    asked = {}
+    base = root / "stanford_cars"
+    (base / "devkit").mkdir(parents=True)
+    names = np.array([["AM General Hummer SUV 2000", "Acura RL Sedan 2012"]], dtype=object)
+    scipy.io.savemat(base / "devkit/cars_meta.mat", {"class_names": names})
+    fields = [(f, object) for f in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
+    for part, where in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        rows = [(1, 1, 50, 30, np.uint8(i % 2 + 1), f"{i + 1:05d}.jpg") for i in range(4)]
+        scipy.io.savemat(base / where, {"annotations": np.array([rows], dtype=fields)})
+        (base / f"cars_{part}").mkdir()
+        for i in range(4):
+            Image.new("RGB", (90, 60), (60 * i, 40, 90)).save(base / f"cars_{part}" / f"{i + 1:05d}.jpg")
 
-    def fine_grained(dataset, split, **options):
-        asked.update(options, dataset=dataset, split=split)
-        y = torch.arange(6) * 7
-        return Dataset(dataset, split, torch.zeros(6, 3, 32, 32), y, tuple(str(k) for k in range(100)))
 
-    monkeypatch.setattr(module, "load", fine_grained)
-    data = category_images(name, 6, size=224)
-    assert (asked["dataset"], asked["size"], asked["resize"], asked["n"]) == (name, 224, 256, 6)
-    assert data.classes == read_map().categories and len(set(data.y.tolist())) == 1
-    allowed = module.allowed_for(data)
-    assert [[data.classes[k] for k in row.nonzero()[:, 0]] for row in allowed] == [right] * 6
+def write_aircraft(root) -> None:
+    "Four photographs of FGVC-Aircraft a split, as the set is laid out."
+    from PIL import Image
+
+    folder = root / "fgvc-aircraft-2013b/data"
+    (folder / "images").mkdir(parents=True)
+    (folder / "variants.txt").write_text("707-320\nF/A-18\n")
+    for part, first in (("trainval", 0), ("test", 100)):
+        lines = [f"{first + i:07d} {('707-320', 'F/A-18')[i % 2]}" for i in range(4)]
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(lines) + "\n")
+        for line in lines:
+            Image.new("RGB", (90, 60), (10, 80, 200)).save(folder / "images" / f"{line.split()[0]}.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "right"),
+    [("cars", write_cars, ["automobile", "truck"]), ("aircraft", write_aircraft, ["airplane"])],
+)
+def test_the_columns_of_cars_and_aircraft_from_their_files(tmp_path, monkeypatch, name, write, right):
+    write(tmp_path)
+    monkeypatch.setenv("AFGSTUDY_DATA", str(tmp_path))
+    high, low = create("squeezenet1_0", classes=1000, size=64, seed=0), create("resnet32", seed=0)
+    b = bench(name, 0, high, low, n_universal=2)
+    assert b.data.shape == (3, 64, 64) and b.data.classes == read_map().categories
+    assert (len(b.data), len(b.fit_data), b.fit_data.split) == (4, 2, "train")
+    allowed = allowed_for(b.data)
+    assert [[b.data.classes[k] for k in row.nonzero()[:, 0]] for row in allowed] == [right] * 4
+    assert category_images(name, 3, size=64).y.tolist() == [b.data.classes.index(right[0])] * 3
+    seen = attacked(b, {"I: FGSM": TypeOne(FGSM(eps=EPS)), "II: FGSM": TypeTwo(FGSM(eps=EPS))})
+    for s in seen.values():
+        assert len(s.y) == 4 and sum(verdict_rates(s)[k].value for k in ("reject", "right", "wrong")) == 1
 
 
 @pytest.mark.real
@@ -748,6 +822,15 @@ def test_real_images_in_categories(real_data):
     small, large = load("cifar10", "test", n=4), category_images("cifar10", 4, size=64)
     assert torch.equal(small.y, large.y)
     assert (resize(large.images(), 32) - small.images()).abs().mean() < 0.05
+
+
+@pytest.mark.real
+def test_the_order_of_channels_in_memory_changes_no_answer(real_weights):
+    plain = create("squeezenet1_0", weights="squeezenet1_0_imagenet")
+    stored = high_network("imagenet1000", "squeezenet1_0", "squeezenet1_0_imagenet", 224)
+    x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(plain(x), stored(x), atol=1e-3)
 
 
 @pytest.mark.real

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'EMPTY', 'resize', 'Evidence', 'evidence_of', 'products', 'decide', 'Categorised', 'check_images',
-           'TwoStream', 'outcome_among', 'exactly', 'high_hits', 'low_hits', 'Sweep', 'sweep', 'frontier']
+           'TwoStream', 'outcome_among', 'exactly', 'high_hits', 'low_hits', 'Sweep', 'sweep', 'frontier', 'Budget',
+           'at_budget']
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c02
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -261,3 +263,32 @@ def frontier(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     lowest = np.minimum.accumulate(y.ravel()[order])
     first = np.r_[True, lowest[1:] < lowest[:-1]]
     return order[first]
+
+# %% ../../nbs/30_two_stream/01_defence.ipynb #c36
+class Budget(NamedTuple):
+    "What becomes of images when the score alone decides."
+
+    threshold: float  # images with a score from here on are refused
+    refused: np.ndarray  # [N] bool
+    right: np.ndarray  # [N] bool, accepted and right
+    wrong: np.ndarray  # [N] bool, accepted and wrong
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        "Whether each accepted image is right."
+        return self.right[~self.refused]
+
+
+def at_budget(
+    verdict: Verdict,  # of the images to judge
+    allowed: Tensor,  # [N, C] bool
+    clean: Verdict,  # of the images that set the threshold
+    share: float,  # of clean images, at least, that are refused
+) -> Budget:
+    "Right and wrong at the threshold that refuses a share of the clean images; ties are refused together."
+    if not 0 <= share < 1 or not len(clean.score):
+        raise ValueError(f"a share in [0, 1) of some clean images is needed, got {share!r} of {len(clean.score)}")
+    refused = math.ceil(share * len(clean.score) - 1e-9)
+    threshold = clean.score.sort(descending=True).values[refused - 1].item() if refused else math.inf
+    said = outcome_among(verdict._replace(flagged=verdict.score >= threshold), allowed)
+    return Budget(threshold, *(part.cpu().numpy() for part in (said.rejected, said.right, said.wrong)))
