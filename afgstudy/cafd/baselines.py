@@ -113,9 +113,7 @@ def unseen_attacks(
         "PGD": PGD(**walk),
         "PGD targeted": Aimed(PGD(**walk, targeted=True)),
         "PGD L2": PGD(eps=eps_l2, step_size=eps_l2 / 8, steps=steps, norm="l2"),
-        "CW-L2": CarliniWagner(
-            steps=100, search_steps=max(4 // thin, 1), initial_c=1.0, confidence=1.0
-        ),
+        "CW-L2": CarliniWagner(steps=100, search_steps=max(4 // thin, 1), initial_c=1.0, confidence=1.0),
         "DDN": DDN(steps=max(100 // thin, 1), gamma=0.05),
         "stAdv": SpatialTransform(steps=max(100 // thin, 1), searches=max(20 // thin, 1)),
         "AutoAttack": AutoAttack(eps=eps, attacks=auto, **whole),
