@@ -241,8 +241,8 @@ class Material:
     _cache: dict = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
-        p, known, held = self.protocol, len(self.sources), int(self.test.sum())
-        return f"<{p.network} on {p.dataset}: knows {known} of {len(self.pool)} images, {held} of them are for testing>"
+        p, known, held = self.protocol, len(self.sources), int(self.test[self.numbers].sum())
+        return f"<{p.network} on {p.dataset}: {known} sources of {len(self.pool)} images, {held} for testing>"
 
     def __post_init__(self):
         p = self.protocol
@@ -251,7 +251,7 @@ class Material:
         self.pool = load(
             p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes"
         )
-        self.hits = correct(self.model, self.pool.images(), self.pool.y, batch_size=64)
+        self.hits = correct(self.model, self.pool.images(), self.pool.y, batch_size=self.batch)
         known = self.hits.clone()
         if self.only is not None:
             known &= torch.isin(torch.arange(len(known)), self.only).to(known.device)
@@ -263,6 +263,11 @@ class Material:
     @property
     def classes(self) -> int:
         return len(self.pool.classes)
+
+    @property
+    def batch(self) -> int:
+        "Images at a time; large photographs in large batches only fill a CPU's memory."
+        return 256 if self.pool.x.is_cuda or self.protocol.size < 100 else 16
 
     def images(self, kind: str) -> Tensor:
         'All sources, `[n, C, H, W]`: `"clean"`, or attacked by the attack of this name.'
@@ -278,7 +283,7 @@ class Material:
             code = ("afgstudy.attacks.gradient", "afgstudy.attacks.deepfool")
             found = self.get(
                 "attacked", spec | {"seed": self.protocol.seed},
-                lambda scratch: {"x": attacked(attack, self.model, self.sources, self.protocol.seed, 64)}, code,
+                lambda scratch: {"x": attacked(attack, self.model, self.sources, self.protocol.seed, self.batch)}, code,
             )  # fmt: skip
             self.artifacts.append(found)
             self._cache[kind] = found.tensors["x"].to(self.sources.x.device)
@@ -286,7 +291,7 @@ class Material:
 
     def answers(self, x: Tensor) -> Tensor:
         "The first network's answers, `[B]`."
-        return in_batches(self.model, x, batch_size=64).argmax(1)
+        return in_batches(self.model, x, batch_size=self.batch).argmax(1)
 
     def success(self, kind: str) -> Tensor:
         "Which sources an attack turned into another class, `[n]` bool; of clean images, all of them."
@@ -341,7 +346,7 @@ class Material:
         read, parts = features(self.model, layer, stop=True), []
         for kind in kinds:
             images = self.images(kind)[self._kept(kind, test)]
-            parts.append(in_batches(lambda x: read(x)[1][layer], images, batch_size=64).cpu())
+            parts.append(in_batches(lambda x: read(x)[1][layer], images, batch_size=self.batch).cpu())
         return torch.cat(parts)
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c16
