@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from html import escape
 
 COLUMNS = ("paper", "table", "dataset", "method", "attack", "metric", "published", "measured", "95% interval")
-COLUMNS += ("n", "seed", "preset", "device")
+COLUMNS += ("n", "preset", "seed", "device")
 CHOICES = ("paper", "table", "dataset", "preset")  # columns with a list to choose from
 NUMBERS = ("published", "measured", "n", "seed")
 

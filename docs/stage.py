@@ -19,22 +19,19 @@ import nbformat
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {
-    "00_core": "Core",
-    "10_attacks": "Attacks",
-    "20_aalp": "AALP",
-    "30_two_stream": "Two-stream",
-    "40_cafd": "CAFD",
-    "50_afg": "AFG",
-    "60_study": "Study",
-    "70_howto": "How to",
-}
+GUIDES = "70_howto"  # the room whose pages stand in the sidebar one by one
 PAPERS = {
     "aalp": "20_aalp",
     "two_stream": "30_two_stream",
     "cafd": "40_cafd",
     "afg": "50_afg",
 }  # paper -> its room
+PICTURES = {
+    "aalp": "aalp/fig5",
+    "two_stream": "two_stream/fig3_4",
+    "cafd": "cafd/maps",
+    "afg": "afg/fig1_4",
+}  # paper -> the experiment whose first figure shows the method
 PRESETS = (
     "paper",
     "cpu",
@@ -68,7 +65,8 @@ def shown(notebook: NotebookNode) -> NotebookNode:
     cells = []
     for old in notebook.cells:
         says, source = directives(old.source) if old.cell_type == "code" else ({}, old.source)
-        if not source or says.keys() & {"hide", "default_exp"} or says.get("include") == "false":
+        lists_names = source.startswith("__all__ = ")  # the reference shows them better
+        if not source or lists_names or says.keys() & {"hide", "default_exp"} or says.get("include") == "false":
             continue
         tags = set(old.metadata.get("tags", []))
         if says.keys() & {"export", "exports", "exporti"}:
@@ -180,7 +178,7 @@ def relative(target: str, page: str) -> str:
 
 
 def toctree(caption: str, pages: list[str], hidden: bool = True, depth: int = 1) -> str:
-    "A table of contents; hidden ones make the sidebar."
+    "A table of contents of pages, `page` or `Title <page>`; hidden ones make the sidebar."
     options = [f":caption: {caption}"] if caption else []
     options += [":hidden:"] if hidden else []
     lines = [
@@ -188,7 +186,7 @@ def toctree(caption: str, pages: list[str], hidden: bool = True, depth: int = 1)
         *options,
         f":maxdepth: {depth}",
         "",
-        *(re.sub(r"\.(ipynb|md)$", "", p) for p in pages),
+        *(re.sub(r"\.(ipynb|md)(?=>?$)", "", p) for p in pages),
     ]
     return "\n".join([*lines, "```"])
 
@@ -304,12 +302,11 @@ class Module:
 
 
 def library(site: Site) -> dict[str, list[str]]:
-    "Room -> its notebooks."
+    "Room (a folder of `nbs/`) -> its notebooks, the index first."
     rooms = {}
     for folder in sorted((site.root / "nbs").iterdir()):
         if re.match(r"\d\d_", folder.name) and (notebooks := files(folder, "*.ipynb")):
-            title = ROOMS.get(folder.name, folder.name[3:].replace("_", " ").capitalize())
-            rooms[title] = [p.relative_to(site.root).as_posix() for p in notebooks]
+            rooms[folder.name] = [p.relative_to(site.root).as_posix() for p in notebooks]
     for notebooks in rooms.values():
         site.shown_at |= {source: source.removeprefix("nbs/") for source in notebooks}
     return rooms
@@ -504,10 +501,10 @@ def experiments(site: Site) -> tuple[dict[str, str], list[Result]]:
 
 
 def write_experiments(site: Site, sources: dict[str, str], runs: list[Result]) -> dict[str, list[str]]:
-    "Write a page for each run, and for each notebook that has none; room -> pages."
-    pages: dict[str, list[str]] = {"Experiments": [], "Benchmarks": []}
+    "Write a page for each run, and for each notebook that has none; paper, `summary` or `benchmarks` -> pages."
+    pages: dict[str, list[str]] = {}
     for name in sorted({*sources, *(r.experiment for r in runs)}):
-        room = pages["Benchmarks" if name.startswith("benchmarks/") else "Experiments"]
+        room = pages.setdefault(name.partition("/")[0], [])
         ran = [r for r in runs if r.experiment == name]
         for result in ran:
             result_page(site, result, sources.get(name, ""))
@@ -516,6 +513,45 @@ def write_experiments(site: Site, sources: dict[str, str], runs: list[Result]) -
             site.notebook(sources[name], site.shown_at[sources[name]], not_run)
             room.append(site.shown_at[sources[name]])
     return pages
+
+
+def short_title(site: Site, page: str) -> str:
+    "What the sidebar calls the page of an experiment: `Table 2 (cpu)` for `AALP, Table 2: accuracy (preset cpu)`."
+    text = (site.to / page).read_text()
+    title = heading(nbformat.reads(text, as_version=4))[0] if page.endswith(".ipynb") else text[2:].partition("\n")[0]
+    found = re.match(r"(?:[\w -]+, )?(?P<name>[^:(]+?)(?::.*?)?\s*(?:\(preset (?P<preset>\S+)\))?$", title)
+    if not found:
+        return title
+    return found["name"] + (f" ({found['preset']})" if found["preset"] else "")
+
+
+def write_room(
+    site: Site,
+    room: str,
+    notebooks: list[str],
+    sources: dict[str, str],
+    runs: list[Result],
+    pages: dict[str, list[str]],  # of the experiments, by paper
+) -> str:
+    "Write the pages of a room; its front page leads to the others, and a paper's to its tables. Returns that page."
+    paper = next((p for p, r in PAPERS.items() if r == room), None)
+    front, *others = [site.shown_at[source] for source in notebooks]
+    tables = [f"{short_title(site, p)} <{relative(p, front)}>" for p in pages.get(paper, [])]
+    below = [[relative(p, front) for p in others], tables] if room != GUIDES else []
+    tocs = [toctree("", group) for group in below if group]
+
+    def close(notebook: NotebookNode) -> None:
+        if paper:
+            if picture := picture_of(site, paper, runs):
+                notebook.cells.insert(1, markdown_cell(picture, number=3))
+            tables_of(site, paper, sources, runs)(notebook)
+        if tocs:
+            notebook.cells.append(markdown_cell("\n\n".join(tocs), number=2))
+
+    site.notebook(notebooks[0], front, close)
+    for source in notebooks[1:]:
+        site.notebook(source, site.shown_at[source])
+    return front
 
 
 def tables_of(
@@ -538,6 +574,21 @@ def tables_of(
             notebook.cells.append(markdown_cell("\n".join(lines), number=1))
 
     return add
+
+
+def picture_of(site: Site, paper: str, runs: list[Result]) -> str:
+    "The figure that shows a paper's method, from a committed run, as Markdown; nothing where there is none."
+    page = site.shown_at.get(f"nbs/{PAPERS[paper]}/index.ipynb", "")
+    for result in runs:
+        for figure in result.record.get("figures", []) if result.experiment == PICTURES[paper] else []:
+            path = f"{result.folder}/figures/{figure['name']}.svg"
+            if (site.root / path).is_file():
+                site.shown_at.setdefault(path, f"files/{path}")
+                site.write(f"files/{path}", (site.root / path).read_bytes())
+                caption = figure.get("caption", "")
+                picture = f"![{caption}]({relative(f'files/{path}', page)})"
+                return f"{picture}\n\n*{caption}* From [its page]({relative(result.page, page)})."
+    return ""
 
 
 def browser_page(site: Site, runs: list[Result]) -> str:
@@ -584,23 +635,23 @@ def build(root: Path, to: Path) -> int:
     sources, runs = experiments(site)
     found = modules(site, [source for notebooks in rooms.values() for source in notebooks])
 
-    tocs = []
-    room_of = {f"nbs/{room}/index.ipynb": paper for paper, room in PAPERS.items()}
-    for title, notebooks in sorted(rooms.items(), key=lambda room: room[0] != "How to"):
-        for source in notebooks:
-            paper = room_of.get(source)
-            extra = tables_of(site, paper, sources, runs) if paper else None
-            site.notebook(source, site.shown_at[source], extra)
-        tocs.append(toctree(title, [site.shown_at[s] for s in notebooks]))
     pages = write_experiments(site, sources, runs)
-    tocs += [toctree(title, found_pages) for title, found_pages in pages.items() if found_pages]
     for module in found:
         reference(site, module)
     site.write("references.bib", (root / "docs" / "references.bib").read_bytes())
     site.write("bibliography.md", (root / "docs" / "bibliography.md").read_bytes())
-    tocs.append(
-        toctree("Reference", [browser_page(site, runs), reference_index(site, found), "bibliography.md"])
-    )
+    browser, api = browser_page(site, runs), reference_index(site, found)
+    fronts = {room: write_room(site, room, notebooks, sources, runs, pages) for room, notebooks in rooms.items()}
+    papers = [fronts[room] for room in PAPERS.values() if room in fronts]
+    library_rooms = [front for room, front in fronts.items() if room not in (*PAPERS.values(), GUIDES)]
+    guides = [site.shown_at[source] for source in rooms.get(GUIDES, [])]
+    tocs = [
+        toctree("The study", [*pages.get("summary", []), browser]),
+        toctree("The papers", papers),
+        toctree("How to", guides),
+        toctree("The library", [*library_rooms, api, *pages.get("benchmarks", [])]),
+        toctree("Sources", ["bibliography.md"]),
+    ]
 
     def sidebar(notebook: NotebookNode) -> None:
         notebook.cells.append(markdown_cell("\n\n".join(tocs)))

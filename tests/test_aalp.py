@@ -29,7 +29,8 @@ from afgstudy.aalp import (
 from afgstudy.attacks import PGD
 from afgstudy.data import load
 from afgstudy.models import count_passes, create, penultimate
-from afgstudy.study.trained import code_of
+from afgstudy.study.store import Store
+from afgstudy.study.trained import code_of, trained
 from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, state_digest
 
 INNER = PGD(eps=0.1, step_size=0.05, steps=2)
@@ -109,7 +110,27 @@ def test_the_attack_and_evaluation_see_the_whole_network(batch):
     assert torch.equal(model(x), lenet()(x))
 
 
-@pytest.mark.parametrize("objective", [Standard(), Madry(), Madry(1), ALP(), TRADES(), AdaptiveALP()])
+EVERY = [Standard(), Madry(), Madry(1), ALP(), TRADES(), AdaptiveALP()]
+
+
+@pytest.mark.parametrize("objective", EVERY)
+@pytest.mark.parametrize("network", ["lenet5", "pooled_cnn", "resnet9"])
+def test_guided_dropout_goes_around_any_objective_on_any_network(objective, network):
+    "Gradients reach the features that are kept and no others."
+    small = {"width": 4} if network != "lenet5" else {}
+    model = create(network, classes=4, channels=1, size=28, seed=0, **small).train()
+    x, y = torch.rand(6, 1, 28, 28, generator=generator()), torch.arange(6) % 4
+    seen = []
+    spy = penultimate(model).register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    GuidedDropout(objective)(model, x, y, INNER, generator()).total.backward()
+    spy.remove()
+    gradient = penultimate(model).weight.grad.abs().sum(0)
+    features = len(gradient)
+    assert (gradient > 0).sum() <= -(-features // 2) and gradient.sum() > 0
+    assert torch.isfinite(gradient).all() and len(seen) >= 1
+
+
+@pytest.mark.parametrize("objective", EVERY)
 def test_guided_dropout_leaves_no_trace_and_costs_no_row(objective, batch):
     x, y = batch
     rows = []
@@ -159,6 +180,50 @@ def test_adaptive_distance_against_a_transcription(rows, classes, seed):
     assert (adaptive_logit_distance(z, z_adv, y) <= (z - z_adv).square().mean(1)).all()
 
 
+def test_gradient_of_the_adaptive_distance_holds_the_weight_constant():
+    y = torch.tensor([1, 0, 3])
+    z, z_adv = (a.requires_grad_() for a in torch.randn(2, 3, 4, generator=generator()).double())
+    weight = z.detach().softmax(1).gather(1, y[:, None]).squeeze(1)
+    ours = torch.autograd.grad(adaptive_logit_distance(z, z_adv, y).sum(), (z, z_adv))
+    for tensor, gradient in zip((z, z_adv), ours, strict=True):
+        for i in range(z.numel()):
+            step = torch.zeros(z.numel()).double()
+            step[i] = 1e-6
+            step = step.view_as(z)
+            moved = [(z + s, z_adv) if tensor is z else (z, z_adv + s) for s in (step, -step)]
+            up, down = ((weight * (a - b).square().mean(1)).sum().item() for a, b in moved)
+            assert gradient.view(-1)[i].item() == pytest.approx((up - down) / 2e-6, abs=1e-8)
+
+
+def test_steps_cost_what_is_promised(batch):
+    "AALP at most 1.15 of ALP; ALP at most 1.1 of Madry's own step and a clean pass; TRADES two clean forwards."
+    x, y = batch
+    rows = {}
+    for name, objective in {"own": Madry(), **methods()}.items():
+        model = lenet()
+        with count_passes(model) as passes:
+            objective(model, x, y, INNER, generator()).total.backward()
+        rows[name] = (passes.forward_rows, passes.backward_rows)
+    for aalp, alp, own in zip(rows["AALP"], rows["Kannan ALP"], rows["own"], strict=True):
+        assert aalp <= 1.15 * alp and alp <= 1.1 * (own + len(x))
+    assert rows["TRADES"] == ((INNER.steps + 2 + 1) * len(x), (INNER.steps + 2) * len(x))
+
+
+def test_trades_sees_the_clean_images_twice_a_step_however_long_its_attack(batch):
+    x, y = batch
+    for steps in (1, 4):
+        model, clean = lenet(), 0
+
+        def count(module, inputs):
+            nonlocal clean
+            clean += sum(bool((row == image).all()) for row in inputs[0] for image in x)
+
+        handle = model.register_forward_pre_hook(count)
+        TRADES()(model, x, y, replace(INNER, steps=steps), generator())
+        handle.remove()
+        assert clean == 2 * len(x)
+
+
 def test_the_overall_loss_is_the_sum_of_its_parts(batch):
     x, y = batch
     loss = AALP(3.0)(lenet(), x, y, INNER, generator())
@@ -189,6 +254,13 @@ def test_training_is_deterministic():
         fit(model, digits, AALP(), INNER, Recipe(epochs=2, batch_size=32))
         states.append(state_digest(model))
     assert states[0] == states[1]
+
+
+def test_weights_by_epoch_are_kept_in_every_memory_format(tmp_path):
+    digits, store = load("digits", "train", n=64), Store(tmp_path)
+    recipe = Recipe(epochs=2, batch_size=32, channels_last=True)
+    course, alone = (trained("lenet5", digits, AALP(), INNER, recipe, store=store, snapshots=s) for s in (True, False))
+    assert len(course.snapshots) == 2 and state_digest(course.model) == state_digest(alone.model)
 
 
 def test_the_key_of_a_training_covers_the_code_of_wrapped_objectives():
@@ -253,6 +325,9 @@ LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
             lambda x, y: GuidedDropout(Standard())(create("allconv"), torch.rand(2, 3, 32, 32), y[:2]),
             "no linear layer",
         ),
+        (lambda x, y: GuidedDropout(Standard())(lenet(), x, y + 10), "classes 0 to 9"),
+        (lambda x, y: AALP()(lenet(), x, y - 1, INNER), "labels run from -1"),
+        (lambda x, y: adaptive_logit_distance(torch.zeros(2, 3), torch.zeros(2, 3), y[:2] + 3), "classes 0 to 2"),
         (lambda x, y: AALP(-1.0), "weight"),
         (lambda x, y: AALP(float("nan")), "weight"),
         (lambda x, y: GuidedDropout(keep=0.0), "keep"),
@@ -274,6 +349,15 @@ def test_mistakes_are_refused_with_what_was_given(call, words, batch):
     with pytest.raises(ValueError) as error:
         call(*batch)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("objective", ["Madry adv", "Kannan ALP", "TRADES", "ALP+GD", "ALP+ASW", "AALP", "ADV+GD"])
+def test_an_objective_without_its_attack_stops_before_it_begins(objective):
+    digits, model = load("digits", "train", n=32), lenet()
+    before = state_digest(model)
+    with pytest.raises(ValueError, match="needs an attack"):
+        fit(model, digits, methods()[objective], None, Recipe(epochs=1))
+    assert state_digest(model) == before
 
 
 def test_labels_out_of_range_stop_a_training_before_it_begins():

@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -35,8 +38,10 @@ from afgstudy.afg.protocol import (
     Protocol,
     Second,
     clustered,
+    costs,
     fit_head,
     no_reading,
+    standing,
     with_pooled_head,
 )
 from afgstudy.afg.recognition import (
@@ -122,6 +127,15 @@ def test_noise_is_as_long_as_each_image_s_own_perturbation():
     noisy = equal_norm_noise(x, x_adv, generator(1))
     assert torch.allclose(norms(noisy - x), norms(x_adv - x), rtol=1e-2, atol=1e-5)
     assert torch.equal(noisy[0], x[0]) and noisy.min() >= 0 and noisy.max() <= 1
+
+
+def test_the_first_layer_moves_by_the_perturbation_alone(model, x):
+    "AFG eq. 2."
+    rho, first = 0.05 * torch.randn(1, 3, 32, 32, generator=generator(0)), model.network.conv1
+    with torch.no_grad():
+        moved = first(model.normalise(x + rho)) - first(model.normalise(x))
+        alone = F.conv2d(rho / model.normalise.std, first.weight, stride=first.stride, padding=first.padding)
+    assert torch.allclose(moved, alone.expand_as(moved), atol=1e-4)
 
 
 def test_separability_refuses_pairs_that_are_none(model, x):
@@ -283,7 +297,7 @@ def test_every_look_is_a_square_of_the_picture_and_grey_around_it(size, seed):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(size=4), dict(steps=0), dict(pad=-1), dict(scale=1.0), dict(batch_size=0)]
+    "bad", [dict(size=4), dict(steps=0), dict(pad=-1), dict(scale=1.0), dict(batch_size=-1)]
 )
 def test_settings_that_make_no_sense(bad):
     with pytest.raises(ValueError):
@@ -384,6 +398,40 @@ def test_a_half_written_set_is_gone_on_with(tmp_path, painter):
     assert painter.log == [4, 4, 2] and torch.equal(found.take(range(10)), painter(net, x))
 
 
+ENCODER = """
+import os, signal, sys, time, torch
+from afgstudy.afg.drawing import Visualiser
+from afgstudy.afg.genome import Genome, build_genomes
+from torch import nn
+
+class Painter(Genome):
+    def __call__(self, model, x):
+        with open(sys.argv[2], "a") as log:
+            log.write(f"{len(x)}\\n")
+        if sys.argv[3] == "die" and open(sys.argv[2]).read().count("\\n") == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (255 * x.mean((1, 2, 3))).round().to(torch.uint8).view(-1, 1, 1, 1).expand(-1, *self.shape).clone()
+
+torch.manual_seed(0)
+net, x = nn.Linear(1, 1), torch.linspace(0, 1, 10).view(10, 1, 1, 1)
+build_genomes(sys.argv[1], Painter(("a", "b"), drawing=Visualiser.small(16)), net, x, part_size=2)
+"""
+
+
+def test_a_build_killed_in_its_third_part_makes_only_that_and_the_rest_again(tmp_path):
+    def build(how):
+        words = [sys.executable, "-c", ENCODER, tmp_path / "set", tmp_path / "log", how]
+        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+    assert build("die").returncode == -signal.SIGKILL
+    assert GenomeSet(tmp_path / "set").missing() == [2, 3, 4]
+    done = build("live")
+    assert done.returncode == 0, done.stderr
+    found = GenomeSet(tmp_path / "set")
+    assert (tmp_path / "log").read_text().split() == ["2"] * 6  # 3 before the kill, 3 after
+    assert found.take(range(10))[:, 0, 0, 0].tolist() == [round(255 * i / 9) for i in range(10)]
+
+
 def test_a_damaged_part_is_said_and_made_again(tmp_path, painter):
     net, x = nn.Linear(1, 1), torch.rand(6, 1, 2, 2)
     found = build_genomes(tmp_path, painter, net, x, part_size=4)
@@ -481,7 +529,7 @@ def test_second_networks_learn_and_repeat():
         train_second(second_network("narrow", 2, 2, 32), x, target[:1])
 
 
-@pytest.mark.parametrize("name", ["narrow", "googlenet"])
+@pytest.mark.parametrize("name", ["narrow", "googlenet", "vgg16"])
 def test_second_networks_of_any_name_read_any_number_of_layers(name):
     assert second_network(name, 5, 8, 32).eval()(torch.rand(2, 5, 32, 32)).shape == (2, 8)
 
@@ -566,6 +614,14 @@ def test_the_exact_attack_asks_the_defence_once_a_step(model, x):
     assert asked == [6, 6, 6] and (x_adv - x).abs().max() <= 0.03 + 1e-6
 
 
+def test_a_walk_that_begins_elsewhere_stays_in_the_ball_of_the_image():
+    x, start = torch.full((2, 1, 2, 2), 0.5), torch.full((2, 1, 2, 2), 0.59)
+    found = descend(lambda v: (v - 1).abs().sum((1, 2, 3)), x, eps=0.1, steps=5, start=start)
+    assert torch.allclose(found, torch.full_like(x, 0.6))
+    far = descend(lambda v: (v - 1).abs().sum((1, 2, 3)), x, eps=0.1, steps=0, start=start + 1)
+    assert (far - x).abs().max() <= 0.1 + 1e-6
+
+
 def test_descent_finds_the_corner_of_the_ball():
     x = torch.full((3, 1, 2, 2), 0.5)
     goal = torch.tensor([0.0, 0.52, 1.0]).view(3, 1, 1, 1)
@@ -627,8 +683,8 @@ def test_no_source_is_on_both_sides_and_every_attacked_sample_was_changed(materi
     kinds = ["clean", "FGSM", "BIM"]
     train, test = (material.rows(kinds, side) for side in (False, True))
     assert not set(train.source.tolist()) & set(test.source.tolist())
-    assert len(train.y) + len(test.y) == sum(len(material.sample(k).y) for k in kinds)
-    clean, hit = material.sample("clean"), material.sample("BIM")
+    assert len(train.y) + len(test.y) == sum(len(material.sample(k, side).y) for k in kinds for side in (False, True))
+    clean, hit = material.sample("clean", True), material.sample("BIM", True)
     assert not clean.attacked.any() and hit.attacked.all()
     assert (
         torch.equal(material.pool.y[hit.source], hit.y)
@@ -643,6 +699,37 @@ def test_maps_are_of_the_same_samples_as_rows(material):
     assert torch.allclose(pooled, rows.pooled[:, -pooled.shape[1] :], atol=1e-4)
 
 
+def test_what_is_made_once_is_found_by_a_table_of_fewer_layers(tmp_path):
+    from afgstudy.study.store import Store
+
+    made = []
+
+    def get(kind, spec, build, code=()):
+        return Store(tmp_path).get(kind, spec, lambda scratch: made.append(kind) or build(scratch), code)
+
+    few = dict(size=32, n_first=200, first_epochs=2, n_sources=20, steps=1, picture=16, eps=0.03)
+    deep = Material(Protocol(layers=("relu5", "relu6"), **few), get)
+    both = deep.sample("clean", True)
+    assert made.count("genomes") == 2
+    alone = Material(Protocol(layers=("relu6",), **few), get).sample("clean", True)
+    assert made.count("genomes") == 2 and torch.equal(alone.genome[:, 0], both.genome[:, 1])
+
+
+def test_only_some_images_become_sources(material):
+    some = torch.tensor([0, 3, 5, 8])
+    fewer = Material(material.protocol, only=some)
+    assert set(fewer.numbers.tolist()) <= set(some.tolist())
+    assert torch.equal(fewer.hits, material.hits) and torch.equal(fewer.test, material.test)
+
+
+def test_what_stands_beside_a_table(material):
+    rows = standing(material, ["BIM"])
+    assert [row[:2] for row in rows] == [("none", "accuracy"), ("BIM", "success of the attack")]
+    assert rows[0][2].value == pytest.approx(material.hits.float().mean().item())
+    spent = costs(material, n=2)
+    assert set(spent) == {"genome", "factors", "pooled", "softmax"} and min(spent.values()) > 0
+
+
 def test_no_reading_scores_one_and_a_third(material):
     rows = material.rows(["clean", "BIM"], True)
     iou = top2_iou(no_reading(rows, material.classes), mixed_label(rows.y, rows.answer, material.classes))
@@ -652,7 +739,7 @@ def test_no_reading_scores_one_and_a_third(material):
 def test_second_networks_come_back_from_the_store(material, tmp_path):
     from afgstudy.study.store import Store
 
-    rows, calls = material.sample("clean"), []
+    rows, calls = material.sample("clean", False), []
     target = mixed_label(rows.y, rows.answer, material.classes)
 
     def get(kind, spec, build, code=()):

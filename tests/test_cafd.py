@@ -35,11 +35,19 @@ from afgstudy.cafd.baselines import divergence, forward_difference, method_named
 from afgstudy.cafd.features import digits_target, feature_layer, map_distance
 from afgstudy.cafd.losses import LOSSES, ordinary, relativistic
 from afgstudy.cafd.training import purifier_spec, stored_attack, stored_purifier
-from afgstudy.cafd.workshop import Workshop, relative_change, split_target, survives_informed, target_recipe
+from afgstudy.cafd.workshop import (
+    Workshop,
+    relative_change,
+    split_target,
+    survives_informed,
+    target_recipe,
+    verdict,
+)
 from afgstudy.data import load
 from afgstudy.defence import Defence, correct
 from afgstudy.device import generator_for
 from afgstudy.models import count_passes, create
+from afgstudy.stats import Paired
 from afgstudy.study.experiment import look_up, published
 from afgstudy.study.runner import full_parameters
 from afgstudy.study.store import Store
@@ -52,7 +60,7 @@ QUICK = PurifierRecipe(epochs=2, batch_size=20, milestones=(1,), discriminator_w
 @pytest.fixture(scope="module")
 def digits():
     "A trained target, 60 training digits and 60 test digits."
-    target, train, test = digits_target(epochs=2)
+    target, train, test = digits_target()
     return target, train.take(slice(0, 60)), test.take(slice(0, 60))
 
 
@@ -243,6 +251,12 @@ def test_cafa_moves_features_further_than_noise_and_errs_without_labels(digits):
 def test_settings_of_cafa_that_cannot_be(settings_):
     with pytest.raises(ValueError):
         ClassActivationAttack(**settings_)
+
+
+@pytest.mark.parametrize("images", [255 * rand(2, 1, 28, 28), rand(2, 1, 28, 28) - 0.5])
+def test_cafa_wants_images_in_range(digits, images):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        ClassActivationAttack(eps=0.1, step_size=0.05, steps=1)(digits[0], images)
 
 
 def test_scaled_maps_fill_the_unit_interval():
@@ -552,6 +566,16 @@ def test_defences_that_do_not_fit(digits):
             wrong()
 
 
+def test_the_public_codes_pipeline_forgets_the_image(digits):
+    target, _, test = digits
+    x, defence = test.images(slice(0, 4)), CAFD(digits[0], Denoiser(1, 1 / 16, seed=0).eval())
+    with torch.no_grad():
+        assert torch.allclose(defence.as_coded(x), target(defence.purifier(x) - x), atol=1e-3)
+        assert torch.equal(defence.as_coded(x), target(defence.purifier.noise(x)))
+    x_adv = PGD(eps=0.1, step_size=0.05, steps=2)(defence.as_coded, x, test.y[:4])
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+
+
 def test_an_informed_attacker_is_the_worst_of_two(digits):
     target, _, test = digits
     attack = PGD(eps=0.1, step_size=0.05, steps=2)
@@ -655,6 +679,21 @@ def test_the_workshop_makes_things_once(digits, tmp_path):
     )
 
 
+@given(st.floats(-1, 1), st.floats(0, 1))
+def test_a_verdict_needs_an_interval_on_one_side(middle, half):
+    said = verdict(Paired(middle, middle - half, middle + half, 1.0, 0, 0, 10), "up", "down")
+    assert said == (
+        "up" if middle > half else "down" if middle < -half else verdict(Paired(0, -1, 1, 1.0, 0, 0, 1))
+    )
+
+
+def test_other_seeds_are_other_trainings(digits, pairs, tmp_path):
+    target, train, _ = digits
+    shop = Workshop(Store(tmp_path), None, train, 60, 0.2, 0.05, 4, QUICK, 1 / 16, target_recipe("small", 1))
+    first, same, other = (shop.denoiser(target, "MSE", pairs, seed=s) for s in (None, QUICK.seed, 1))
+    assert state_digest(first) == state_digest(same) != state_digest(other)
+
+
 # --- the experiments ---
 
 
@@ -671,12 +710,13 @@ def test_presets_fit_their_experiment(project, monkeypatch, preset, name):
     parameters = full_parameters(f"cafd/{name}", preset, folder=project / "nbs" / "experiments")
     lists = [
         parameters[k]
-        for k in ("datasets", "targets", "target_weights", "eps", "n_train")
+        for k in ("datasets", "targets", "target_weights", "eps", "n_train", "n_test", "epochs", "lr")
         if "datasets" in parameters
     ]
     assert len({len(v) for v in lists}) <= 1
-    for network in parameters.get("targets", [parameters.get("target")]):
-        create(split_target(network)[0], size=32, **split_target(network)[1])
+    with torch.device("meta"):  # the form is enough: no weights
+        for network in parameters.get("targets", [parameters.get("target")]):
+            create(split_target(network)[0], size=32, **split_target(network)[1])
 
 
 @pytest.mark.real

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .contributions import check_labels
+from .dropout import check_labels
 from .weighting import true_confidence
 from ..data import Dataset
 from ..defence import in_mode

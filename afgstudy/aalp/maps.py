@@ -6,12 +6,17 @@
 __all__ = ['last_convolution', 'activation_maps', 'map_area']
 
 # %% ../../nbs/20_aalp/04_maps.ipynb #c02
+import warnings
+
 import torch
-from captum.attr import LayerAttribution, LayerGradCam
 from torch import Tensor, nn
 
-from .contributions import check_labels
+from .dropout import check_labels
 from ..attacks.base import frozen
+
+with warnings.catch_warnings():  # its progress bar misses widgets and says so wherever it is imported
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from captum.attr import LayerAttribution, LayerGradCam
 
 # %% ../../nbs/20_aalp/04_maps.ipynb #c05
 def last_convolution(model: nn.Module) -> nn.Conv2d:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .dropout import GuidedDropout
+from .dropout import GuidedDropout, check_labels
 from afgstudy.training import (
     ALP,
     TRADES,
@@ -32,6 +32,7 @@ def true_confidence(logits: Tensor, y: Tensor) -> Tensor:
 
 def adaptive_logit_distance(clean: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
     "The distance of each pair of logits, weighted by the clean image's confidence, `[B]` (AALP eq. 9)."
+    check_labels(y, clean.shape[1])
     return true_confidence(clean.detach(), y) * logit_distance(clean, adversarial)
 
 # %% ../../nbs/20_aalp/01_weighting.ipynb #c11

@@ -29,11 +29,13 @@ def descend(
     eps: float,
     steps: int,
     step_size: float | None = None,  # the first; None: eps / 4
+    start: Tensor | None = None,  # where the walk begins, within eps of x; None: at x
 ) -> Tensor:  # as x, within eps of it
     "The iterate of lowest loss of each image."
     check_radius("eps", eps)
     low, high = linf_box(x, eps)
-    at, best, least = x.clone(), x.clone(), torch.full((len(x),), math.inf, device=x.device)
+    at = x.clone() if start is None else torch.minimum(torch.maximum(start, low), high)
+    best, least = at.clone(), torch.full((len(x),), math.inf, device=x.device)
     for step in range(steps + 1):
         with torch.enable_grad():
             leaf = at.detach().requires_grad_()
@@ -145,6 +147,7 @@ class StandInAttack:
         target: Tensor,  # [B]
         exact: Callable[[Tensor], Tensor]
         | None = None,  # the defence's true scores: BPDA instead of transfer
+        start: Tensor | None = None,  # where the walk begins, within eps of x; None: at x
     ) -> Tensor:  # as x
         "Adversarial images."
         scores = stand_in if exact is None else BPDA(exact, stand_in)
@@ -156,7 +159,7 @@ class StandInAttack:
                 read = F.binary_cross_entropy_with_logits(scores(images), label, reduction="none").sum(1)
                 return read + self.weight * F.cross_entropy(model(images), target, reduction="none")
 
-            return descend(loss, x, self.eps, self.steps)
+            return descend(loss, x, self.eps, self.steps, start=start)
 
 # %% ../../nbs/50_afg/06_attacker.ipynb #c16
 BENIGN = ("noise", "JPEG", "blur")

@@ -104,6 +104,8 @@ def genome_info(folder):
 @click.option("-o", "--out", type=click.Path(path_type=Path), default="genomes.png", show_default=True)
 def genome_show(folder, numbers, out):
     "Draw the genomes of these NUMBERS (default: the first four), a row each, into a PNG."
+    import matplotlib.pyplot as plt
+
     from afgstudy.afg.genome import GenomeSet
     from afgstudy.afg.pages import genome_page
 
@@ -115,4 +117,5 @@ def genome_show(folder, numbers, out):
         raise click.ClickException(str(e)) from None
     fig = genome_page(genomes, found.manifest["genome"]["layers"], [str(i) for i in chosen])
     fig.savefig(out, dpi=120, bbox_inches="tight")
+    plt.close(fig)
     click.echo(out)

@@ -65,11 +65,11 @@ class Visualiser:
     turn: int = 10  # largest rotation, whole degrees
     redirect: int = 16  # first steps in which a dead ReLU passes gradient on
     seed: int = 0  # of the start and of the transformations
-    batch_size: int = 128  # pictures at a time; decides memory, not results
+    batch_size: int = 0  # pictures at a time, 0: 32 on a CPU, 512 on a GPU; decides speed, not results
 
     def __post_init__(self):
-        if self.size < 8 or self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"size >= 8, steps >= 1 and batch_size >= 1 are needed, got {self}")
+        if self.size < 8 or self.steps < 1 or self.batch_size < 0:
+            raise ValueError(f"size >= 8, steps >= 1 and batch_size >= 0 are needed, got {self}")
         if (
             min(self.pad, self.jitter, self.settle, self.scale, self.turn, self.redirect) < 0
             or self.scale >= 1
@@ -129,10 +129,13 @@ class _Redirected(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        usual = gradient * (x > 0)
-        blocked = usual.flatten(1).abs().amax(1) == 0
+        usual = torch.ops.aten.threshold_backward(gradient, x, 0)
+        rest = tuple(range(1, x.ndim))
+        blocked = torch.linalg.vector_norm(usual, math.inf, rest, keepdim=True) == 0
+        if not blocked.any():  # the rule: nearly every step costs one look at the gradient, no more
+            return usual
         upwards = torch.where((x < 0) & (gradient > 0), 0.0, gradient)  # a positive gradient would lower x
-        return torch.where(blocked.view(-1, *[1] * (x.ndim - 1)), upwards, usual)
+        return torch.where(blocked, upwards, usual)
 
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
@@ -202,9 +205,9 @@ def visualise(
             if where is not None:
                 spots = where[layer].flatten(0, 1)
                 spots = spots / spots.mean((1, 2), keepdim=True).clamp_min(1e-12)
-            parts = []
-            for k in range(0, len(v) * v.shape[1], settings.batch_size):
-                part = slice(k, k + settings.batch_size)
+            parts, at_once = [], settings.batch_size or (512 if v.is_cuda else 32)
+            for k in range(0, len(v) * v.shape[1], at_once):
+                part = slice(k, k + at_once)
                 rows = v.flatten(0, 1)[part]
                 parts.append(
                     climb(model, layer, rows, None if spots is None else spots[part], settings, channels)

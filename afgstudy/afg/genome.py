@@ -269,7 +269,7 @@ def build_genomes(
     source: str | None = None,  # what the images are, for the manifest; None: their checksum
     part_size: int = 64,
     share: tuple[int, int] = (0, 1),  # (k, n): make every n-th part from the k-th; n processes share the work
-    progress: bool = False,
+    progress: bool = False,  # a bar over the parts, on a terminal
 ) -> GenomeSet:
     "The genomes of `images` in `folder`; goes on where an earlier call stopped. Raises `OtherGenomes`."
     folder, wanted = Path(folder), describe_genomes(genome, model, images, source, part_size)
@@ -281,7 +281,7 @@ def build_genomes(
         draft.write_text(json.dumps(wanted, indent=1))
         os.replace(draft, folder / MANIFEST)
     found, device = GenomeSet(folder), next(model.parameters()).device
-    for k in tqdm(range(share[0], found.parts, share[1]), disable=not progress, unit="part"):
+    for k in tqdm(range(share[0], found.parts, share[1]), disable=None if progress else True, unit="part"):
         rows, path = slice(k * part_size, (k + 1) * part_size), part_path(folder, k)
         try:
             if path.exists() and part_length(path, genome.shape) == len(range(len(images))[rows]):

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['Get', 'SMALL', 'PROBES', 'Protocol', 'with_pooled_head', 'fit_head', 'anew', 'first_network', 'Rows', 'joined',
-           'Material', 'clustered', 'Second', 'contest', 'mixed', 'no_reading', 'configuration', 'costs']
+           'drawn', 'Material', 'clustered', 'Second', 'contest', 'mixed', 'no_reading', 'configuration', 'standing',
+           'costs']
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c02
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .drawing import Visualiser
-from .genome import Genome, build_genomes
+from .genome import MANIFEST, Genome, GenomeSet, build_genomes
 from afgstudy.afg.recognition import (
     Fitted,
     Reader,
@@ -42,7 +45,7 @@ from ..defence import correct, in_batches
 from ..device import default_device
 from ..models import Classifier, about_weights, create, features, head, penultimate
 from ..networks import named
-from ..stats import Estimate
+from ..stats import Estimate, proportion
 from ..training import Recipe, copy_state, describe, fit, state_digest
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c05
@@ -177,7 +180,7 @@ def first_network(
     spec |= {"recipe": describe(recipe)} if not p.weights else {}
     artifact = get("model", spec, build, ("afgstudy.training", "afgstudy.networks"))
     model.load_state_dict(artifact.tensors)
-    return model.eval(), artifact
+    return model.to(memory_format=torch.channels_last).eval(), artifact  # a quarter faster on a CPU
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c11
 class Rows(NamedTuple):
@@ -208,6 +211,24 @@ def joined(parts: Sequence[Rows]) -> Rows:
     "All samples of several kinds."
     return Rows(*(torch.cat(t) for t in zip(*parts, strict=True)))
 
+# %% ../../nbs/50_afg/07_protocol.ipynb #65733633
+def drawn(
+    genome: Genome,
+    model: nn.Module,
+    x: Tensor,  # [M, C, H, W] in [0, 1]
+    scratch: Path,  # what is made of them is kept here until all are, so that a killed run goes on
+) -> tuple[dict[str, Tensor], dict]:
+    "The genomes of images, uint8 `[M, N, S, S]`, and what they cost."
+    folder, size = scratch / "genomes", 16
+    there = GenomeSet(folder) if (folder / MANIFEST).exists() else None
+    left = range(math.ceil(len(x) / size)) if there is None else there.missing()
+    count = sum(len(range(len(x))[k * size : (k + 1) * size]) for k in left)
+    start = time.process_time()
+    made = build_genomes(folder, genome, model, x, source="x", part_size=size)
+    spent = time.process_time() - start
+    whole = made.take(range(len(x))) if len(x) else torch.empty(0, *genome.shape, dtype=torch.uint8)
+    return {"genome": whole}, {"layer": ", ".join(genome.layers), "seconds": spent, "images": count}
+
 # %% ../../nbs/50_afg/07_protocol.ipynb #c12
 @dataclass(repr=False)
 class Material:
@@ -215,12 +236,13 @@ class Material:
 
     protocol: Protocol
     get: Get = anew
+    only: Tensor | None = None  # numbers of the images that may become sources; None: all of the pool
     artifacts: list = field(default_factory=list, repr=False)
     _cache: dict = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
-        p, known, held = self.protocol, len(self.sources), int(self.test.sum())
-        return f"<{p.network} on {p.dataset}: knows {known} of {len(self.pool)} images, {held} of them are for testing>"
+        p, known, held = self.protocol, len(self.sources), int(self.test[self.numbers].sum())
+        return f"<{p.network} on {p.dataset}: {known} sources of {len(self.pool)} images, {held} for testing>"
 
     def __post_init__(self):
         p = self.protocol
@@ -229,8 +251,11 @@ class Material:
         self.pool = load(
             p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes"
         )
-        self.hits = correct(self.model, self.pool.images(), self.pool.y, batch_size=64)
-        self.sources, self.numbers = self.pool.take(self.hits), self.hits.nonzero()[:, 0].cpu()
+        self.hits = correct(self.model, self.pool.images(), self.pool.y, batch_size=self.batch)
+        known = self.hits.clone()
+        if self.only is not None:
+            known &= torch.isin(torch.arange(len(known)), self.only).to(known.device)
+        self.sources, self.numbers = self.pool.take(known), known.nonzero()[:, 0].cpu()
         self.test = stratified(
             self.pool.y.cpu(), round(p.test_share * len(self.pool)), p.seed, "genome split"
         )
@@ -238,6 +263,11 @@ class Material:
     @property
     def classes(self) -> int:
         return len(self.pool.classes)
+
+    @property
+    def batch(self) -> int:
+        "Images at a time; large photographs in large batches only fill a CPU's memory."
+        return 256 if self.pool.x.is_cuda or self.protocol.size < 100 else 16
 
     def images(self, kind: str) -> Tensor:
         'All sources, `[n, C, H, W]`: `"clean"`, or attacked by the attack of this name.'
@@ -253,7 +283,7 @@ class Material:
             code = ("afgstudy.attacks.gradient", "afgstudy.attacks.deepfool")
             found = self.get(
                 "attacked", spec | {"seed": self.protocol.seed},
-                lambda scratch: {"x": attacked(attack, self.model, self.sources, self.protocol.seed, 64)}, code,
+                lambda scratch: {"x": attacked(attack, self.model, self.sources, self.protocol.seed, self.batch)}, code,
             )  # fmt: skip
             self.artifacts.append(found)
             self._cache[kind] = found.tensors["x"].to(self.sources.x.device)
@@ -261,7 +291,7 @@ class Material:
 
     def answers(self, x: Tensor) -> Tensor:
         "The first network's answers, `[B]`."
-        return in_batches(self.model, x, batch_size=64).argmax(1)
+        return in_batches(self.model, x, batch_size=self.batch).argmax(1)
 
     def success(self, kind: str) -> Tensor:
         "Which sources an attack turned into another class, `[n]` bool; of clean images, all of them."
@@ -269,60 +299,54 @@ class Material:
             return torch.ones_like(self.sources.y, dtype=torch.bool)
         return self.answers(self.images(kind)) != self.sources.y
 
-    def sample(self, kind: str) -> Rows:
-        "The samples of one kind; of an attack, those that changed the answer."
-        if ("rows", kind) not in self._cache:
-            kept = self.success(kind)
-            self._cache["rows", kind] = self.encode(self.images(kind)[kept], self.numbers[kept.cpu()])
-        return self._cache["rows", kind]
+    def _kept(self, kind: str, test: bool) -> Tensor:
+        "Which sources give a sample of this kind on this side of the split, `[n]` bool."
+        return self.success(kind) & (self.test[self.numbers] == test).to(self.sources.y.device)
+
+    def sample(self, kind: str, test: bool) -> Rows:
+        "The samples of one kind on one side of the split; of an attack, those that changed the answer."
+        if ("rows", kind, test) not in self._cache:
+            kept = self._kept(kind, test)
+            made = self.encode(self.images(kind)[kept], self.numbers[kept.cpu()])
+            self._cache["rows", kind, test] = made
+        return self._cache["rows", kind, test]
 
     def rows(self, kinds: Sequence[str], test: bool) -> Rows:
         "The samples of several kinds on one side of the split by source."
-        parts = [self.sample(kind) for kind in kinds]
-        return joined([part.pick(self.test[part.source] == test) for part in parts])
+        return joined([self.sample(kind, test) for kind in kinds])
 
     def encode(
         self,
         x: Tensor,  # [M, C, H, W] in [0, 1]
         source: Tensor,  # [M]: the number in the pool of the image each one comes from
     ) -> Rows:
-        "Samples of any images; genomes and cheap descriptions come from `get`."
-        genome, model = self.protocol.genome, self.model
-        spec = {
-            "model": state_digest(model),
-            "images": x.cpu(),
-            "layers": list(genome.layers),
-            "groups": genome.groups,
-        }
+        "Samples of any images; genomes, a layer at a time, and cheap descriptions come from `get`."
+        genome, model, pictures = self.protocol.genome, self.model, []
+        spec = {"model": state_digest(model), "images": x.cpu(), "groups": genome.groups}
         settings = asdict(genome.drawing)
         settings.pop("batch_size")
-
-        def drawn(scratch: Path):
-            start = time.process_time()
-            made = build_genomes(scratch / "genomes", genome, model, x, source="x", part_size=16)
-            whole = made.take(range(len(x))) if len(x) else torch.empty(0, *genome.shape, dtype=torch.uint8)
-            return {"genome": whole}, {"seconds": time.process_time() - start, "images": len(x)}
-
-        pictures = self.get("genomes", spec | settings, drawn, ("afgstudy.afg.genome",))
+        for layer in genome.layers:
+            build = partial(drawn, replace(genome, layers=(layer,)), model, x)
+            found = self.get("genomes", spec | settings | {"layer": layer}, build, ("afgstudy.afg.genome",))
+            pictures.append(found)
         cheap = self.get(
             "cheap",
-            spec,
+            spec | {"layers": list(genome.layers)},
             lambda scratch: cheap_features(model, x, genome.layers, genome.groups, 32),
             ("afgstudy.afg.groups",),
         )
-        self.artifacts += [pictures, cheap]
+        self.artifacts += [*pictures, cheap]
         described = [cheap.tensors[k].cpu() for k in ("factors", "pooled", "softmax")]
         y, answer = self.pool.y.cpu()[source], self.answers(x).cpu()
-        return Rows(source, y, answer, pictures.tensors["genome"], *described)
+        whole = torch.cat([found.tensors["genome"] for found in pictures], 1)
+        return Rows(source, y, answer, whole, *described)
 
     def maps(self, kinds: Sequence[str], test: bool, layer: str) -> Tensor:
         "The maps of one layer for the samples of `rows(kinds, test)`, in the same order, `[M, C, H, W]`."
         read, parts = features(self.model, layer, stop=True), []
         for kind in kinds:
-            kept = self.success(kind) & (self.test[self.numbers] == test).to(self.sources.y.device)
-            parts.append(
-                in_batches(lambda x: read(x)[1][layer], self.images(kind)[kept], batch_size=64).cpu()
-            )
+            images = self.images(kind)[self._kept(kind, test)]
+            parts.append(in_batches(lambda x: read(x)[1][layer], images, batch_size=self.batch).cpu())
         return torch.cat(parts)
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c16
@@ -430,14 +454,23 @@ def configuration(protocol: Protocol, second: Second) -> str:
     names = {"vgg16": "VGG16", "googlenet": "GoogleNet"}
     return "+".join(names.get(n, n) for n in (protocol.network, second.second))
 
+# %% ../../nbs/50_afg/07_protocol.ipynb #245334d2
+def standing(
+    material: Material,
+    kinds: Sequence[str] | None = None,  # attacks; None: all of the protocol
+) -> list[tuple[str, str, Estimate]]:  # (attack, metric, share)
+    "The first network's accuracy on the pool, and how often each attack changed its answer on the sources."
+    attacks = material.protocol.attacks if kinds is None else kinds
+    rows = [("none", "accuracy", proportion(material.hits))]
+    return rows + [(kind, "success of the attack", proportion(material.success(kind))) for kind in attacks]
+
 # %% ../../nbs/50_afg/07_protocol.ipynb #c25
 def costs(
     material: Material,
     n: int = 8,
 ) -> dict[str, float]:  # milliseconds an image
     "What each description of an image costs."
-    material.sample("clean")
-    made = [a for a in material.artifacts if a.kind == "genomes" and a.extra.get("images")]
+    material.sample("clean", False)
     x, layers = material.images("clean")[:n], material.protocol.layers
 
     def spent(call: Callable[[], object]) -> float:
@@ -448,5 +481,10 @@ def costs(
 
     softmax = spent(lambda: material.answers(x))
     factors = spent(lambda: cheap_features(material.model, x, layers, material.protocol.groups))
-    genome = 1000 * made[0].extra["seconds"] / made[0].extra["images"]
+    made = [a.extra for a in material.artifacts if a.kind == "genomes" and a.extra["images"]]
+    genome = sum(
+        1000 * sum(m["seconds"] for m in made if m["layer"] == layer)
+        / sum(m["images"] for m in made if m["layer"] == layer)
+        for layer in layers
+    )  # fmt: skip
     return {"genome": genome, "factors": factors, "pooled": softmax, "softmax": softmax}

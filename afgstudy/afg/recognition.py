@@ -7,6 +7,7 @@ __all__ = ['mixed_label', 'top2_iou', 'decode', 'second_network', 'Fitted', 'uni
            'cheap_features', 'affine_fit', 'linear_probe', 'svm', 'ensemble', 'metzen_detector']
 
 # %% ../../nbs/50_afg/04_recognition.ipynb #c02
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -226,9 +227,10 @@ def svm(
 
     data = flat(x).numpy()
     pca = PCA(min(components, *data.shape), svd_solver="randomized", random_state=seed).fit(data)
-    classifier = OneVsRestClassifier(LinearSVC(C=0.1, random_state=seed)).fit(
-        pca.transform(data), target.numpy().astype(int)
-    )
+    classifier = OneVsRestClassifier(LinearSVC(C=0.1, random_state=seed))
+    with warnings.catch_warnings():  # an entry that no training sample has is never answered, which is right
+        warnings.filterwarnings("ignore", message="Label not")
+        classifier.fit(pca.transform(data), target.numpy().astype(int))
 
     def score(inputs: Tensor) -> Tensor:
         decided = torch.from_numpy(classifier.decision_function(pca.transform(flat(inputs).numpy()))).float()

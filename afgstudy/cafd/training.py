@@ -272,12 +272,13 @@ def stored_purifier(
     loss: PurifierLoss = LOSSES["CAFD"],
     recipe: PurifierRecipe = PAPER,
     width: float = 1.0,  # of the denoiser
+    momentum: float = 0.9,  # of its batch normalisation
     progress: bool = False,
 ) -> tuple[Denoiser, object]:  # the denoiser in eval mode, and its Artifact with extra["history"]
     "The denoiser that this description leads to: from the store, else trained now."
-    denoiser = Denoiser(data.shape[0], width, seed=recipe.seed).to(data.device)
-    spec = purifier_spec(denoiser, target, data, attacked_images, loss, recipe) | {"width": width}
-    spec["device"] = data.device.type
+    denoiser = Denoiser(data.shape[0], width, momentum, recipe.seed).to(data.device)
+    spec = purifier_spec(denoiser, target, data, attacked_images, loss, recipe)
+    spec |= {"width": width, "momentum": momentum, "device": data.device.type}
 
     def build(scratch: Path):
         history = fit_purifier(

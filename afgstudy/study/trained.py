@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,11 +56,17 @@ def build_model(run: partial, model: nn.Module, scratch: Path) -> tuple[dict, di
 
 def build_course(run: partial, scratch: Path) -> tuple[dict, dict]:
     "Train; the weights after every epoch. What a killed training has written is there when it goes on."
+    checkpoint = scratch / "checkpoint.pt"
+    if checkpoint.exists():  # killed between the checkpoint of an epoch and its weights: from the beginning
+        done = len(torch.load(checkpoint, map_location="cpu", weights_only=True)["history"])
+        if not all((scratch / f"epoch-{e:04d}.safetensors").exists() for e in range(done)):
+            checkpoint.unlink()
 
     def write(epoch: int, model: nn.Module) -> None:
-        save_file(copy_state(model), scratch / f"epoch-{epoch:04d}.safetensors")
+        state = {name: value.contiguous() for name, value in copy_state(model).items()}
+        save_file(state, scratch / f"epoch-{epoch:04d}.safetensors")
 
-    result = run(checkpoint=scratch / "checkpoint.pt", after_epoch=write)
+    result = run(checkpoint=checkpoint, after_epoch=write)
     files = sorted(scratch.glob("epoch-*.safetensors"))
     tensors = {f"{i}/{name}": v for i, file in enumerate(files) for name, v in load_file(file).items()}
     return tensors, {"history": result.history, "best_epoch": result.best_epoch}
@@ -91,7 +98,8 @@ def trained(
     attack = attack if objective.needs_attack else None
     channels, size = data.x.shape[1], data.x.shape[-1]
     shape = dict(classes=len(data.classes), channels=channels, size=size, seed=recipe.seed)
-    model = create(network, **shape, **options).to(data.x.device)
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    model = create(network, **shape, **options).to(data.x.device, memory_format=layout)
     spec = training_spec(model, data, objective, attack, recipe, validation)
     spec |= {"keep": keep, "network": network, "options": options, "code": code_of(objective, attack)}
     store = store or Store()
