@@ -312,7 +312,8 @@ def test_committed_run_without_a_notebook_gets_a_page(stage, tmp_path):
     (folder / "record.json").write_text(json.dumps(record))
     site = stage.Site(tmp_path, tmp_path / "pages")
     made = stage.write_experiments(site, *stage.experiments(site))
-    assert made["Experiments"] == ["experiments/aalp/table2-cpu.md"]
+    assert made == {"aalp": ["experiments/aalp/table2-cpu.md"]}
+    assert stage.short_title(site, made["aalp"][0]) == "Table 2 (cpu)"
     page = (site.to / "experiments" / "aalp" / "table2-cpu.md").read_text()
     assert "| mnist | RAW | PGD-40 | accuracy | 0.64 | – | – | – |" in page
     assert "| mnist | RAW | clean | accuracy | 0.64 | 98.90 | 98.70 to 99.10 | 10,000 |" in page
