@@ -518,11 +518,12 @@ def write_experiments(site: Site, sources: dict[str, str], runs: list[Result]) -
 def short_title(site: Site, page: str) -> str:
     "What the sidebar calls the page of an experiment: `Table 2 (cpu)` for `AALP, Table 2: accuracy (preset cpu)`."
     text = (site.to / page).read_text()
-    title = heading(nbformat.reads(text, as_version=4))[0] if page.endswith(".ipynb") else text[2:].partition("\n")[0]
-    found = re.match(r"(?:[\w -]+, )?(?P<name>[^:(]+?)(?::.*?)?\s*(?:\(preset (?P<preset>\S+)\))?$", title)
-    if not found:
-        return title
-    return found["name"] + (f" ({found['preset']})" if found["preset"] else "")
+    notebook = page.endswith(".ipynb")
+    title = heading(nbformat.reads(text, as_version=4))[0] if notebook else text[2:].partition("\n")[0]
+    title, _, preset = title.removesuffix(")").partition(" (preset ")
+    before, _, after = title.partition(": ")
+    name = before.rpartition(", ")[2] if ", " in before or not after else after
+    return name[:1].upper() + name[1:] + (f" ({preset})" if preset else "")
 
 
 def write_room(
