@@ -102,7 +102,7 @@ def unseen_attacks(
     step_size: float = 0.01,
     steps: int = 40,  # of PGD
     eps_l2: float = 0.5,  # radius of PGD in L2
-    thin: int = 1,  # divides iterations: DDN's (20 at least), stAdv's, AutoAttack's; and searches: C&W's, stAdv's
+    thin: int = 1,  # divides iterations: DDN's (20 at least), stAdv's, AutoAttack's; and searches: C&W's (2 at least), stAdv's
     auto: tuple[str, ...] | None = None,  # AutoAttack's parts; None: the standard four
     batch_size: int = 250,  # of AutoAttack
 ) -> dict[str, Attack]:
@@ -113,7 +113,7 @@ def unseen_attacks(
         "PGD": PGD(**walk),
         "PGD targeted": Aimed(PGD(**walk, targeted=True)),
         "PGD L2": PGD(eps=eps_l2, step_size=eps_l2 / 8, steps=steps, norm="l2"),
-        "CW-L2": CarliniWagner(steps=100, search_steps=max(4 // thin, 1), initial_c=1.0, confidence=1.0),
+        "CW-L2": CarliniWagner(steps=100, search_steps=max(4 // thin, 2), initial_c=1.0, confidence=1.0),
         "DDN": DDN(steps=max(100 // thin, 20), gamma=0.05),
         "stAdv": SpatialTransform(steps=max(100 // thin, 1), searches=max(20 // thin, 1)),
         "AutoAttack": AutoAttack(eps=eps, attacks=auto, **whole),
