@@ -102,7 +102,7 @@ def unseen_attacks(
     step_size: float = 0.01,
     steps: int = 40,  # of PGD
     eps_l2: float = 0.5,  # radius of PGD in L2
-    thin: int = 1,  # divides iterations: DDN's (20 at least), stAdv's, AutoAttack's; and searches: C&W's (2 at least), stAdv's
+    thin: int = 1,  # divides iterations (DDN: 20 at least; stAdv; AutoAttack) and searches (C&W: 2 at least; stAdv)
     auto: tuple[str, ...] | None = None,  # AutoAttack's parts; None: the standard four
     batch_size: int = 250,  # of AutoAttack
 ) -> dict[str, Attack]:
