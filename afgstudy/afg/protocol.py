@@ -60,7 +60,7 @@ class Protocol:
     layers: Sequence[str] = ("relu1", "relu2", "relu3", "relu4", "relu5", "relu6")
     n_first: int = 1500  # training images of the first network, or of its linear head
     first_epochs: int = 6
-    n_sources: int = 60  # test images that genomes are made of
+    n_sources: int = 60  # test images in the pool; those the first network knows are the sources
     test_share: float = 0.5  # of the sources, for testing the second network
     groups: int = 4
     picture: int = 16  # pixels of one group's picture

@@ -217,7 +217,7 @@ def svm(
     size: int = 32,  # genomes are shrunk to so many pixels first
     seed: int = 0,
 ) -> Fitted:
-    "A linear one-against-the-rest SVM on principal components."
+    "A linear one-vs-rest SVM on principal components."
 
     def flat(inputs: Tensor) -> Tensor:
         inputs = unit(inputs)

@@ -239,14 +239,18 @@ PACKAGES = (
 def code_revision(
     folder: Path | None = None,  # default: the project
 ) -> dict | None:  # {"commit": str, "dirty": bool}; None outside git
-    "The git commit of the code, and whether the working tree differs from it."
+    """The git commit of the code, and whether the working tree differs from it.
+
+    Records just published (`data/results`) are no code: they do not count as a difference.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(folder or project_root()), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)data/results")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -124,7 +124,7 @@ OWN = {"texture_net": texture_net, "capsnet": CapsNet}
 def make_network(
     name: str, classes: int, channels: int, size: int, seed: int = 0, weights: str = "", **options
 ) -> Classifier:
-    "A network of this room or of `afgstudy.models`, in eval mode where it has weights."
+    "A network of this module or of `afgstudy.models`, in eval mode where it has weights."
     if name not in OWN:
         return create(name, classes, channels, size, weights=weights or None, seed=seed, **options)
     if weights:
