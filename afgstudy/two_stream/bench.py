@@ -110,6 +110,7 @@ def low_network(
     agreement: float = 0.9,
     seed: int = 0,
     store=None,
+    lr: float | None = None,  # highest learning rate; None: 3e-3 on shapes, else 2e-3
     **options,
 ) -> torch.nn.Module:
     "The network that sees 32 pixels."
@@ -118,6 +119,7 @@ def low_network(
     shapes = dict(size=32, agreement=agreement) if dataset == "shapes" else {}
     data = load("shapes" if shapes else "cifar10", "train", n=n_train, seed=seed, **shapes)
     how = dict(batch_size=24, lr=3e-3) if shapes else dict(batch_size=64, lr=2e-3, augment="crop_flip")
+    how |= {"lr": lr} if lr else {}
     return grown(name, data, Recipe(epochs=epochs, schedule="cosine", seed=seed, **how), store, **options)
 
 
