@@ -58,7 +58,7 @@ def _arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -
 
 
 def method_figure(
-    image: Tensor,  # [C, H, W] in [0, 1]
+    image: Tensor | None,  # [C, H, W] in [0, 1]; None: it may not be shown
     pictures: Mapping[str, Tensor],  # layer -> stitched picture [3, S, S] in [0, 1]
     halves: Sequence[
         tuple[str, Sequence[float]]
@@ -71,7 +71,12 @@ def method_figure(
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.axis("off")
-    show_image(fig.add_axes((0.01, 0.36, 0.12, 0.3)), image)
+    place = fig.add_axes((0.01, 0.36, 0.12, 0.3))
+    if image is None:
+        place.set(xticks=[], yticks=[], facecolor="0.9")
+        place.text(0.5, 0.5, "photograph,\nnot shown", ha="center", va="center", fontsize=8, color="0.4")
+    else:
+        show_image(place, image)
     ax.text(0.07, 0.31, f"says {answers[0]},\nis {answers[1]}", ha="center", va="top", fontsize=9)
     ax.text(0.07, 0.7, "input", ha="center", fontsize=10, fontweight="bold")
     _box(ax, 0.17, 0.42, 0.1, 0.18, "first\nnetwork")
@@ -96,14 +101,14 @@ def method_figure(
     _box(ax, 0.57, 0.42, 0.1, 0.18, "second\nnetwork")
     _arrow(ax, (0.525, 0.51), (0.565, 0.51))
     for k, (name, p) in enumerate(halves):
-        bars = fig.add_axes((0.77, 0.58 - 0.47 * k, 0.2, 0.33))
+        bars = fig.add_axes((0.81, 0.58 - 0.47 * k, 0.17, 0.33))
         bars.barh(range(len(p)), p, color=["#0072B2", "#D55E00"][k])
         bars.set(yticks=range(len(p)), xlim=(0, 1))
         bars.set_yticklabels(classes, fontsize=7)
         bars.invert_yaxis()
         bars.set_title(f"{name} class", fontsize=9)
         bars.tick_params(axis="x", labelsize=7)
-        _arrow(ax, (0.675, 0.51), (0.71, 0.74 - 0.47 * k))
+        _arrow(ax, (0.675, 0.51), (0.715, 0.74 - 0.47 * k))
     return fig
 
 # %% ../../nbs/50_afg/04a_pages.ipynb #27e859bc
