@@ -674,7 +674,10 @@ def load(
     balanced: bool = False,  # choose n with as many of every class
     **options,  # resize (photographs), level (aircraft), agreement (shapes), held_out (folder:PATH)
 ) -> Dataset:
-    "A dataset in memory. Raises MissingDataset, DamagedDataset, ValueError (arguments that make no sense)."
+    """A dataset in memory.
+
+    Raises MissingDataset, DamagedDataset, ValueError (arguments that make no sense), TypeError (unknown options).
+    """
     source = _checked(name, split, validation, size, options)
     if name == "shapes":
         n = (source.test if split == "test" else source.train) if n is None else n
@@ -837,7 +840,7 @@ def stream(
     workers: int = 2,
     **options,  # resize, level, held_out
 ) -> Stream:
-    "The same images as `load` with the same arguments, read as they are needed."
+    "The same images as `load` with the same arguments, read as needed. Raises as `load`, and for sets of arrays."
     _checked(name, split, validation, size, options)
     if name in ARRAYS or name == "shapes":
         raise ValueError(f"{name} fits in memory: use load({name!r})")

@@ -112,7 +112,10 @@ def macro_average(
     draws: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    "The mean of the per-class shares, with a bootstrap interval that resamples within each class."
+    """The mean of the per-class shares, with a bootstrap interval that resamples within each class.
+
+    A class with one image adds no spread. Raises ValueError unless there is one class for each of N > 0 values.
+    """
     hits = as_booleans(hits)
     classes = np.asarray(classes.cpu() if hasattr(classes, "cpu") else classes)
     if len(hits) != len(classes) or not len(hits):

@@ -1,4 +1,4 @@
-"""The two-stream room: label map, Algorithm 1 against its pseudocode, attacks, Algorithm 2 against its chain."""
+"""Two-stream: label map, Algorithm 1 against its pseudocode, attacks, Algorithm 2 against its chain."""
 
 import subprocess
 import sys

@@ -70,11 +70,14 @@ def keep_mask(
 def guided(
     model: nn.Module,
     y: Tensor,  # [B], the labels of the batch
-    keep: float = 0.5,
-    strict: bool = False,
+    keep: float = 0.5,  # share of the features that stays
+    strict: bool = False,  # eq. 8 as printed: larger than the median
     rescale: bool = False,  # divide by the share that is kept
 ) -> Iterator[None]:
-    "Masks the features before the logits in every training pass inside; the network is afterwards as it was."
+    """Masks the features before the logits in every training pass inside; the network is afterwards as it was.
+
+    Raises ValueError for a compiled or a linear model, one without a linear head, and labels out of range.
+    """
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "Guided Dropout hooks into the network and does not work on a compiled one: use compile=False"

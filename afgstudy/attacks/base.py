@@ -87,7 +87,7 @@ class ImageNoise:
 
 # %% ../../nbs/10_attacks/00_base.ipynb #c11
 def check_radius(name: str, value: float, norm: str = "linf") -> None:
-    "Raise unless `value` is a usable radius: positive, and at most 1 for L-infinity (images live in [0, 1])."
+    "Raises ValueError unless `value` is a usable radius: at least 0, at most 1 for L-infinity (images in [0, 1])."
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):

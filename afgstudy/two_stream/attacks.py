@@ -100,7 +100,7 @@ class Informed(Attack):
     "Targeted sign steps on both networks at once, over all wrong categories (ours)."
 
     eps: float = 8 / 255  # L-infinity radius
-    step_size: float = 2 / 255
+    step_size: float = 2 / 255  # of one step, images in [0, 1]
     steps: int = 20  # steps for each target
     targets: int | None = None  # targets to try; None: all that can be accepted
 
