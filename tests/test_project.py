@@ -1,6 +1,7 @@
 """The promises of the repository itself: notebooks and package agree, dependencies agree, the wheel works alone."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -185,6 +186,9 @@ def test_wheel_works_outside_the_checkout(project, tmp_path):
         "out = PGD(eps=0.1)(model, data.images(), data.y)\n"
         "print(afgstudy.__file__, tuple(out.shape))\n"
     )
-    ran = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    ran = subprocess.run(
+        [python, "-c", program], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=300
+    )
     assert ran.returncode == 0, ran.stderr
     assert str(tmp_path) in ran.stdout and "(4, 1, 28, 28)" in ran.stdout
