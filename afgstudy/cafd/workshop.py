@@ -130,7 +130,7 @@ def survives_informed(
 ) -> Tensor:  # [N] bool
     "Which images the pipeline still answers rightly when the attacker has all of it."
     left = survives(attack, defence.pipeline, data, seed, batch_size)
-    if left.any() and not isinstance(defence.purifier, nn.Identity):
+    if left.any():
         again = survives(attack, defence.straight, data.take(left), seed, batch_size)
         left[left.clone()] = again
     return left
