@@ -15,6 +15,7 @@ from torch.nn.functional import grid_sample
 
 from .base import Attack, ImageNoise, Model, check_logits, margin
 from .gradient import SHRINK_EVERY
+from .hooks import straight_clip
 
 # %% ../../nbs/10_attacks/06_spatial.ipynb #c06
 def warp(
@@ -73,7 +74,7 @@ class SpatialTransform(Attack):
         "The objective's gradient at `flow`, the bent images, whether they fool, the margin, the variation."
         flow = flow.detach().requires_grad_()
         with torch.enable_grad():
-            bent = warp(x, flow).clamp(0, 1)
+            bent = straight_clip(warp(x, flow))
             logits = model(bent)
             check_logits(logits, y)
             aim = -margin(logits, y) if self.targeted else margin(logits, y)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks.base import Model
+from ..attacks.hooks import straight_clip
 from ..defence import Outcome, Verdict, in_mode
 from .labels import OTHER, LabelMap, identity_map, read_map
 
@@ -167,8 +168,8 @@ class TwoStream(nn.Module):
         self.categorised = Categorised(high, labels)
 
     def shrink(self, x: Tensor) -> Tensor:
-        "What the low-resolution network sees, `[B, C, low_size, low_size]` in [0, 1]."
-        return resize(x, self.low_size, self.mode).clamp(0, 1)
+        "What the low-resolution network sees, `[B, C, low_size, low_size]` in [0, 1]; gradients pass the clip."
+        return straight_clip(resize(x, self.low_size, self.mode))
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "The logits of both networks, differentiable: one pass through each and one resize."
