@@ -7,7 +7,16 @@ __all__ = []
 
 # %% ../../nbs/30_two_stream/index.ipynb #c02
 from .attacks import Harmless, Informed, ResizeOnly, SumOfTypes, TypeOne, TypeTwo
-from .defence import Categorised, Evidence, TwoStream, decide, outcome_among, resize, sweep
+from afgstudy.two_stream.defence import (
+    Categorised,
+    EnlargedTwoStream,
+    Evidence,
+    TwoStream,
+    decide,
+    outcome_among,
+    resize,
+    sweep,
+)
 from .labels import LabelMap, identity_map, read_map
 from .networks import CapsNet
 from .reputation import ReputationServer, exact, simulate
@@ -16,6 +25,7 @@ from .reputation import ReputationServer, exact, simulate
 __all__ = [
     "CapsNet",
     "Categorised",
+    "EnlargedTwoStream",
     "Evidence",
     "Harmless",
     "Informed",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'EMPTY', 'resize', 'Evidence', 'evidence_of', 'products', 'decide', 'Categorised', 'check_images',
-           'TwoStream', 'outcome_among', 'exactly', 'high_hits', 'low_hits', 'Sweep', 'sweep', 'frontier', 'Budget',
-           'at_budget']
+           'TwoStream', 'EnlargedTwoStream', 'outcome_among', 'exactly', 'high_hits', 'low_hits', 'Sweep', 'sweep',
+           'frontier', 'Budget', 'at_budget']
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c02
 import math
@@ -200,6 +200,15 @@ class TwoStream(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         "The scores of images, `[B, C]`, differentiable down to the pixels."
         return self.scores(*self.both(x))
+
+# %% ../../nbs/30_two_stream/01_defence.ipynb #c22b
+class EnlargedTwoStream(TwoStream):
+    "Two streams for images of any one size, enlarged first: `[B, C, S, S]` in [0, 1] -> `Verdict` in categories."
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "The logits of both networks for the enlarged images, differentiable down to the small ones' pixels."
+        check_images(x, x.shape[-1])
+        return super().both(straight_clip(resize(x, self.high_size, self.mode)))
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c24
 def outcome_among(
