@@ -16,11 +16,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 # %% ../../nbs/60_study/00_keys.ipynb #c05
 def project_root(
@@ -157,6 +159,7 @@ def python_source(
         return plain
 
 
+@lru_cache(maxsize=1024)  # a hundred runs import the same modules
 def essence(
     source: str,  # Python source
 ) -> str:
@@ -177,17 +180,25 @@ def _module_file(name: str, folder: Path) -> Path | None:
     return next((c for c in candidates if c.is_file()), None)
 
 
-def _imports(tree: ast.AST, module: str, is_package: bool, package: str) -> Iterator[tuple[str, str | None]]:
-    "(module, name) for every import of ours in a syntax tree, at whatever depth it stands."
-    for node in ast.walk(tree):
+class _Import(NamedTuple):
+    module: str
+    name: str | None  # what is imported from it; None: the module itself
+    alias: str  # what it is called here
+
+
+@lru_cache(maxsize=1024)
+def _imports(source: str, module: str, is_package: bool, package: str) -> tuple[_Import, ...]:
+    "Every import of ours in a module's source, at whatever depth it stands."
+    found = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((a.name, None) for a in node.names if a.name.split(".")[0] == package)
+            found += [_Import(a.name, None, a.asname or a.name) for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             parts = module.split(".")
             above = parts[: len(parts) - node.level + is_package] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            if base.split(".")[0] == package:
-                yield from ((base, a.name) for a in node.names)
+            found += [_Import(base, a.name, a.asname or a.name) for a in node.names]
+    return tuple(i for i in found if i.module.split(".")[0] == package)
 
 
 def _defining(module: str, name: str | None, folder: Path, package: str, depth: int = 0) -> str | None:
@@ -196,11 +207,9 @@ def _defining(module: str, name: str | None, folder: Path, package: str, depth: 
         return f"{module}.{name}"
     file = _module_file(module, folder)
     if name and file and file.name == "__init__.py" and depth < 20:
-        for node in ast.parse(file.read_text()).body:
-            names = {a.asname or a.name: a.name for a in getattr(node, "names", [])}
-            if isinstance(node, ast.ImportFrom) and name in names:
-                for base, _ in _imports(ast.Module([node], []), module, True, package):
-                    return _defining(base, names[name], folder, package, depth + 1)
+        for found in _imports(file.read_text(), module, True, package):
+            if found.name and found.alias == name:
+                return _defining(found.module, found.name, folder, package, depth + 1)
     return module if file else None
 
 # %% ../../nbs/60_study/00_keys.ipynb #c21
@@ -211,13 +220,14 @@ def imported_modules(
 ) -> dict[str, Path]:
     "The modules of the package that these sources import, transitively, and their files."
     folder = folder or Path(sys.modules[package].__file__).parent
-    todo = [found for s in sources for found in _imports(ast.parse(s), "__main__", False, package)]
+    todo = [found for s in sources for found in _imports(s, "__main__", False, package)]
     files: dict[str, Path] = {}
     while todo:
-        module = _defining(*todo.pop(), folder, package)
+        found = todo.pop()
+        module = _defining(found.module, found.name, folder, package)
         if module and module not in files:
             file = files[module] = _module_file(module, folder)
-            todo += _imports(ast.parse(file.read_text()), module, file.name == "__init__.py", package)
+            todo += _imports(file.read_text(), module, file.name == "__init__.py", package)
     return dict(sorted(files.items()))
 
 
