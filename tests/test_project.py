@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from afgstudy.study.report import with_prose_of
+
 BIN = Path(sys.executable).parent
 
 
@@ -89,6 +91,16 @@ def test_library_notebooks_are_committed_executed_and_light(project):
         assert path.stat().st_size < 1_500_000, f"{path.name} is {path.stat().st_size} bytes"
         errors = [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
         assert not errors, f"{path.name} was committed with an error in it"
+
+
+def test_committed_runs_carry_the_text_of_their_notebooks(project):
+    for executed in sorted((project / "data" / "results").rglob("notebook.ipynb")):
+        name = executed.parent.relative_to(project / "data" / "results").as_posix().partition("/")[2]
+        written = (project / "nbs" / "experiments" / f"{name}.ipynb").read_text()
+        text = executed.read_text()
+        assert with_prose_of(text, written) + "\n" == text, (
+            f"{name}: `afgstudy publish --prose` brings it up to date"
+        )
 
 
 def test_nothing_names_the_machine_it_was_made_on(project):

@@ -428,10 +428,24 @@ def test_report_and_publish(sandbox):
     assert said.strip() == str(target)
     files = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
     assert files == {"record.json", "notebook.ipynb", "figures/line.svg"}
-    for file in files:
-        content = (target / file).read_text()
+    content_of = {file: (target / file).read_text() for file in files}
+    for file, content in content_of.items():
         for trace in (sandbox.root, Path.home(), Path(sys.prefix)):
             assert f"{trace}/" not in content, file
+    written = sandbox.root / "nbs" / "experiments" / "toy" / "table1.ipynb"
+    written.parent.mkdir(parents=True)
+    cells = nbformat.read(target / "notebook.ipynb", as_version=4)
+    cells.cells.append(nbformat.v4.new_markdown_cell("The line rises.", id="said"))
+    nbformat.write(cells, written)
+    assert sandbox("publish --prose").split() == [str(target / "notebook.ipynb")]
+    assert sandbox("publish --prose") == "" and "which experiment" in sandbox("publish", status=2)
+    renewed = nbformat.read(target / "notebook.ipynb", as_version=4)
+    assert renewed.cells[-1].source == "The line rises."
+    assert [c.get("outputs") for c in renewed.cells if c.cell_type == "code"] == [
+        c.outputs
+        for c in nbformat.reads(content_of["notebook.ipynb"], as_version=4).cells
+        if c.cell_type == "code"
+    ]
     shutil.rmtree(sandbox.runs)
     page = Path(sandbox("report --committed --format html").strip()).read_text()
     assert page.count("<section") == 1 and page.count("data:image/svg+xml") == 1

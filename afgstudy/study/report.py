@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'STYLE', 'SMOKE', 'NOTEBOOK_LIMIT', 'latest_records', 'committed_records', 'strip', 'html_table',
            'markdown_table', 'seconds_text', 'provenance_lines', 'html_section', 'html_page', 'markdown_page', 'report',
-           'publish']
+           'with_prose_of', 'publish', 'renew_prose']
 
 # %% ../../nbs/60_study/03_report.ipynb #c02
 import base64
@@ -391,7 +391,29 @@ def _clean_notebook(path: Path) -> str:
     notebook.metadata.pop("widgets", None)
     return nbformat.writes(nbformat.from_dict(clean(notebook)))
 
+# %% ../../nbs/60_study/03_report.ipynb #c24b
+def with_prose_of(
+    executed: str,  # a notebook file's content
+    source: str,  # the same, of the notebook it was executed from, which may have been edited since
+) -> str:
+    "The executed notebook with the source's text cells: each before the code that it precedes, or else at the end."
+    executed, source = (nbformat.reads(text, as_version=4) for text in (executed, source))
+    ran, before, waiting = {c.id for c in executed.cells if c.cell_type == "code"}, {}, []
+    for cell in source.cells:
+        if cell.cell_type == "markdown":
+            waiting.append(nbformat.v4.new_markdown_cell(cell.source, id=cell.id))
+        elif cell.id in ran:
+            before[cell.id], waiting = waiting, []
+    code = [c for c in executed.cells if c.cell_type == "code"]
+    executed.cells = [each for c in code for each in (*before.get(c.id, ()), c)] + waiting
+    return nbformat.writes(executed)
 
+
+def _source_of(name: str, project: Path | None = None) -> Path:
+    "The notebook of an experiment."
+    return (project or project_root()) / "nbs" / "experiments" / f"{name}.ipynb"
+
+# %% ../../nbs/60_study/03_report.ipynb #c24d
 def publish(
     name: str,  # an experiment
     preset: str = "cpu",
@@ -414,6 +436,8 @@ def publish(
     for svg in sorted((source / "figures").glob("*.svg")):
         write_whole(part / "figures" / svg.name, scrub(svg.read_text()))
     notebook = _clean_notebook(source / "notebook.ipynb")
+    if (written := _source_of(name, project)).is_file():
+        notebook = with_prose_of(notebook, written.read_text())
     if len(notebook.encode()) <= NOTEBOOK_LIMIT:
         write_whole(part / "notebook.ipynb", notebook + "\n")
     else:
@@ -425,3 +449,17 @@ def publish(
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
     return target, remarks
+
+
+def renew_prose(
+    project: Path | None = None,
+) -> list[Path]:  # the notebooks that changed
+    "Give every committed notebook of `data/results` the text that its experiment has today."
+    changed, results = [], (project or project_root()) / "data" / "results"
+    for path in sorted(results.glob("*/*/*/notebook.ipynb")):
+        written, before = _source_of("/".join(path.parts[-3:-1]), project), path.read_text()
+        after = with_prose_of(before, written.read_text()) + "\n" if written.is_file() else before
+        if after != before:
+            write_whole(path, after)
+            changed.append(path)
+    return changed
