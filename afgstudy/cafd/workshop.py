@@ -157,10 +157,10 @@ def verdict(
     better: str = "it helps",
     worse: str = "it harms",
 ) -> str:
-    "What the interval of a difference allows to say."
-    if difference.low > 0:
-        return better
-    return worse if difference.high < 0 else "no difference that this n can show"
+    "What McNemar's exact test allows to say at the level of 5%; its interval is approximate and may exclude 0 sooner."
+    if difference.p_value >= 0.05:
+        return "no difference that this n can show"
+    return better if difference.difference > 0 else worse
 
 
 def answers_rightly(defence: Purification, x: Tensor, y: Tensor, batch_size: int = 256) -> Tensor:
