@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'colour_mix', 'spectrum_weights', 'pictures_of', 'Visualiser', 'looks', 'seen', 'redirected_relu', 'climb',
-           'visualise']
+           'large_enough', 'visualise']
 
 # %% ../../nbs/50_afg/02_visualise.ipynb #c02
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -165,14 +167,22 @@ def climb(
     adam = torch.optim.Adam([z], settings.lr, fused=True)
     for step, look in enumerate(looks(settings)):
         shown = seen(pictures_of(z, size), look, settings).contiguous(memory_format=torch.channels_last)
-        if step < settings.redirect:
-            with redirected_relu():
-                maps = read(shown)[1][layer]
-        else:
+        with redirected_relu() if step < settings.redirect else nullcontext(), large_enough(size, layer):
             maps = read(shown)[1][layer]
         z.grad = torch.autograd.grad(-_pull(maps, directions, where), z)[0]
         adam.step()
     return pictures_of(z.detach(), size)
+
+
+@contextmanager
+def large_enough(size: int, layer: str) -> Iterator[None]:
+    "Say it where pictures of `size` pixels shrink to nothing on the way to a layer."
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("kernel size|output size", str(error), flags=re.IGNORECASE):
+            raise
+        raise ValueError(f"pictures of {size} px are too small to reach layer {layer!r}: {error}") from error
 
 
 def _pull(maps: Tensor, directions: Tensor, where: Tensor | None) -> Tensor:
