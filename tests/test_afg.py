@@ -151,14 +151,15 @@ def test_separability_refuses_pairs_that_are_none(model, x):
 @SLOW
 @given(st.integers(0, 999), st.integers(2, 5), st.sampled_from([(30, 12), (49, 40), (12, 60)]))
 def test_the_factorisation_is_as_good_as_scikit_learn_s(seed, r, shape):
-    a = torch.rand(2, *shape, generator=generator(seed)) * (
-        torch.rand(2, *shape, generator=generator(seed + 1)) < 0.6
+    a = torch.rand(6, *shape, generator=generator(seed)) * (
+        torch.rand(6, *shape, generator=generator(seed + 1)) < 0.6
     )
     u, v = nmf(a, r)
-    assert u.min() >= 0 and v.min() >= 0 and u.shape == (2, r, shape[0]) and v.shape == (2, r, shape[1])
-    for k, matrix in enumerate(a.numpy()):
-        theirs = NMF(r, random_state=0, max_iter=200).fit(matrix).reconstruction_err_
-        assert (a[k] - u[k].T @ v[k]).norm() <= 1.02 * theirs
+    assert u.min() >= 0 and v.min() >= 0 and u.shape == (6, r, shape[0]) and v.shape == (6, r, shape[1])
+    ours = [(a[k] - u[k].T @ v[k]).norm().item() for k in range(6)]
+    theirs = [NMF(r, random_state=0, max_iter=200).fit(m).reconstruction_err_ for m in a.numpy()]
+    assert sum(ours) <= 1.02 * sum(theirs)
+    assert all(x <= 1.06 * y for x, y in zip(ours, theirs, strict=True))  # each may end in another local minimum
 
 
 @SLOW

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, mse_loss
 
@@ -47,7 +48,7 @@ from afgstudy.data import load
 from afgstudy.defence import Defence, correct
 from afgstudy.device import generator_for
 from afgstudy.models import count_passes, create
-from afgstudy.stats import Paired
+from afgstudy.stats import paired
 from afgstudy.study.experiment import look_up, published
 from afgstudy.study.runner import full_parameters
 from afgstudy.study.store import Store
@@ -679,11 +680,14 @@ def test_the_workshop_makes_things_once(digits, tmp_path):
     )
 
 
-@given(st.floats(-1, 1), st.floats(0, 1))
-def test_a_verdict_needs_an_interval_on_one_side(middle, half):
-    said = verdict(Paired(middle, middle - half, middle + half, 1.0, 0, 0, 10), "up", "down")
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_a_verdict_is_the_exact_test_s(only_a, only_b):
+    a = torch.arange(100) < only_a
+    b = (torch.arange(100) >= 50) & (torch.arange(100) < 50 + only_b)
+    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    said = verdict(paired(a, b), "up", "down")
     assert said == (
-        "up" if middle > half else "down" if middle < -half else verdict(Paired(0, -1, 1, 1.0, 0, 0, 1))
+        "no difference that this n can show" if p >= 0.05 else "up" if only_a > only_b else "down"
     )
 
 
