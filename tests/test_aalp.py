@@ -28,9 +28,9 @@ from afgstudy.aalp import (
 )
 from afgstudy.attacks import PGD
 from afgstudy.data import load
+from afgstudy.kept import code_of, trained
 from afgstudy.models import count_passes, create, penultimate
-from afgstudy.study.store import Store
-from afgstudy.study.trained import code_of, trained
+from afgstudy.store import Store
 from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, state_digest
 
 INNER = PGD(eps=0.1, step_size=0.05, steps=2)
@@ -264,8 +264,8 @@ def test_weights_by_epoch_are_kept_in_every_memory_format(tmp_path):
 
 
 def test_the_key_of_a_training_covers_the_code_of_wrapped_objectives():
-    assert {"afgstudy.aalp.dropout", "afgstudy.aalp.weighting"} <= set(code_of(AALP(), INNER))
-    assert "afgstudy.aalp.weighting" not in code_of(GuidedDropout(ALP()), INNER)
+    assert {"afgstudy.aalp.dropout", "afgstudy.aalp.objective"} <= set(code_of(AALP(), INNER))
+    assert "afgstudy.aalp.objective" not in code_of(GuidedDropout(ALP()), INNER)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured

@@ -18,7 +18,7 @@ from sklearn.decomposition import NMF
 from torch import nn
 
 from afgstudy.afg.attacker import FeatureAdversary, StandIn, StandInAttack, benign, descend, guides, imitate
-from afgstudy.afg.command import genome as command
+from afgstudy.afg.cli import genome as command
 from afgstudy.afg.defence import AFG, threshold_at
 from afgstudy.afg.drawing import Visualiser, climb, looks, pictures_of, redirected_relu, seen, visualise
 from afgstudy.afg.genome import (
@@ -713,7 +713,7 @@ def test_maps_are_of_the_same_samples_as_rows(material):
 
 
 def test_what_is_made_once_is_found_by_a_table_of_fewer_layers(tmp_path):
-    from afgstudy.study.store import Store
+    from afgstudy.store import Store
 
     made = []
 
@@ -750,7 +750,7 @@ def test_no_reading_scores_one_and_a_third(material):
 
 
 def test_second_networks_come_back_from_the_store(material, tmp_path):
-    from afgstudy.study.store import Store
+    from afgstudy.store import Store
 
     rows, calls = material.sample("clean", False), []
     target = mixed_label(rows.y, rows.answer, material.classes)

@@ -35,8 +35,7 @@ from afgstudy.cafd.attack import scaled
 from afgstudy.cafd.baselines import divergence, forward_difference, method_named
 from afgstudy.cafd.features import digits_target, feature_layer, map_distance
 from afgstudy.cafd.losses import LOSSES, ordinary, relativistic
-from afgstudy.cafd.training import purifier_spec, stored_attack, stored_purifier
-from afgstudy.cafd.workshop import (
+from afgstudy.cafd.protocol import (
     Workshop,
     relative_change,
     split_target,
@@ -44,14 +43,16 @@ from afgstudy.cafd.workshop import (
     target_recipe,
     verdict,
 )
+from afgstudy.cafd.training import purifier_spec, stored_attack, stored_purifier
 from afgstudy.data import load
-from afgstudy.defence import Defence, correct
+from afgstudy.defence import Defence
 from afgstudy.device import generator_for
 from afgstudy.models import count_passes, create
+from afgstudy.passes import correct
 from afgstudy.stats import paired
+from afgstudy.store import Store
 from afgstudy.study.experiment import look_up, published
 from afgstudy.study.runner import full_parameters
-from afgstudy.study.store import Store
 from afgstudy.training import copy_state, state_digest
 
 EXPERIMENTS = ("unseen", "transfer", "ablation", "adaptive", "epsilon", "maps", "amplification")
@@ -656,7 +657,7 @@ def test_relative_change_is_that_of_the_activations(digits):
 
 
 def test_the_workshop_makes_things_once(digits, tmp_path):
-    from afgstudy.study.trained import trained
+    from afgstudy.kept import trained
 
     train, test = load("digits", "train", n=120), digits[2]
     recipe = PurifierRecipe(epochs=1, batch_size=20, discriminator_width=1 / 8)

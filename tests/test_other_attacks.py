@@ -16,11 +16,11 @@ from torch import nn
 from afgstudy.attacks.base import ImageNoise, cross_entropy, input_gradient, margin
 from afgstudy.attacks.carlini import CarliniWagner
 from afgstudy.attacks.deepfool import DeepFool
+from afgstudy.attacks.external import DDN, AutoAttack, AutoAttackWarning, Pipeline, _Ear, build
 from afgstudy.attacks.gradient import BIM, FGSM, MIFGSM, PGD
-from afgstudy.attacks.hooks import BPDA, ExpectationOverTransformation
-from afgstudy.attacks.libraries import DDN, AutoAttack, AutoAttackWarning, Pipeline, _Ear, build
 from afgstudy.attacks.pixel import PixelAttack, children, first_generation, log_odds, paint, three_others
 from afgstudy.attacks.spatial import SpatialTransform, flow_variation, warp
+from afgstudy.attacks.wrappers import BPDA, ExpectationOverTransformation
 
 ULP = 2.0**-23
 QUICK_AA = dict(steps=5, queries=20)

@@ -15,12 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 import afgstudy
+from afgstudy.keys import key_of
+from afgstudy.store import Store
 from afgstudy.study import report as reports
 from afgstudy.study import runner
 from afgstudy.study.cli import main
 from afgstudy.study.experiment import COLUMNS, Experiment, published, scrub
-from afgstudy.study.keys import key_of
-from afgstudy.study.store import Store
 
 pytest_plugins = ["study_sandbox"]
 CHECKOUT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ import nbformat
 import pytest
 import torch
 
+from afgstudy.store import MANIFEST, TENSORS, DiskFull, Store
 from afgstudy.study import runner
-from afgstudy.study.store import MANIFEST, TENSORS, DiskFull, Store
 
 pytest_plugins = ["study_sandbox"]
 CHECKOUT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_two_processes_build_an_artifact_once(tmp_path):
     import sys, time
     from pathlib import Path
     import torch
-    from afgstudy.study.store import Store
+    from afgstudy.store import Store
     root = Path(sys.argv[1])
 
     def build(scratch):
@@ -258,7 +258,7 @@ def test_killed_while_building_the_scratch_folder_survives(tmp_path):
     import os, signal, sys
     from pathlib import Path
     import torch
-    from afgstudy.study.store import Store
+    from afgstudy.store import Store
 
     def build(scratch):
         checkpoint = scratch / "checkpoint"
@@ -328,7 +328,7 @@ def test_a_full_disk_is_an_error_with_path_and_bytes(tmp_path, small_disk, monke
     if small_disk:
         check_full(store, path)  # seen before writing
         plenty = type("usage", (), {"free": 1 << 40})
-        monkeypatch.setattr("afgstudy.study.store.shutil.disk_usage", lambda path: plenty)
+        monkeypatch.setattr("afgstudy.store.shutil.disk_usage", lambda path: plenty)
         check_full(store, path)  # met while writing
     else:
         full = OSError(errno.ENOSPC, "No space left on device")
@@ -366,7 +366,7 @@ def test_a_run_on_a_full_disk_fails_and_keeps_what_is_finished(sandbox, small_di
 
 
 def test_records_are_whole_or_absent(tmp_path, monkeypatch):
-    from afgstudy.study.keys import write_whole
+    from afgstudy.keys import write_whole
 
     target = tmp_path / "record.json"
     write_whole(target, json.dumps({"rows": 1}))

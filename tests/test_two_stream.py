@@ -14,7 +14,7 @@ from afgstudy.attacks import BIM, FGSM, CarliniWagner, DeepFool, PixelAttack
 from afgstudy.data import Dataset, load
 from afgstudy.defence import Defence, Verdict, outcome
 from afgstudy.models import count_passes, create
-from afgstudy.study.store import Store
+from afgstudy.store import Store
 from afgstudy.two_stream import (
     Categorised,
     Evidence,
@@ -34,7 +34,18 @@ from afgstudy.two_stream import (
     sweep,
 )
 from afgstudy.two_stream.attacks import Harmless, succeeds, table_attacks, wrong_categories
-from afgstudy.two_stream.bench import (
+from afgstudy.two_stream.defence import (
+    at_budget,
+    evidence_of,
+    exactly,
+    frontier,
+    high_hits,
+    low_hits,
+    outcome_among,
+)
+from afgstudy.two_stream.labels import OTHER, LabelMap, checked_map
+from afgstudy.two_stream.networks import CapsuleMargin, grown, make_network, route, squash
+from afgstudy.two_stream.protocol import (
     WITH_RADIUS,
     Bench,
     allowed_for,
@@ -50,17 +61,6 @@ from afgstudy.two_stream.bench import (
     summed,
     verdict_rates,
 )
-from afgstudy.two_stream.defence import (
-    at_budget,
-    evidence_of,
-    exactly,
-    frontier,
-    high_hits,
-    low_hits,
-    outcome_among,
-)
-from afgstudy.two_stream.labels import OTHER, LabelMap, checked_map
-from afgstudy.two_stream.networks import CapsuleMargin, grown, make_network, route, squash
 from afgstudy.two_stream.reputation import counting, mixed, rates, transition, wrong_answers
 
 EPS = 8 / 255
@@ -720,7 +720,7 @@ def test_every_row_of_the_study_runs_and_adds_up(pair):
 
 def test_cross_fitting_judges_every_image_by_a_network_that_has_not_seen_it(monkeypatch):
     from afgstudy.training import Recipe
-    from afgstudy.two_stream import bench as module
+    from afgstudy.two_stream import protocol as module
 
     shrunk, others = (
         load("shapes", "train", n=10, size=32, seed=1),

@@ -10,7 +10,7 @@ from .consistency import Pairs, pair_up, pairs_from, plot_pairs
 from .contributions import Concentration, concentration, contributions, feature_contribution
 from .dropout import GuidedDropout, contribution, guided, keep_mask
 from .maps import activation_maps, map_area
-from .weighting import AALP, AdaptiveALP, adaptive_logit_distance, choose, methods
+from .objective import AALP, AdaptiveALP, adaptive_logit_distance, choose, methods
 
 # %% ../../nbs/20_aalp/index.ipynb #c03
 __all__ = [

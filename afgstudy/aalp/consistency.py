@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .dropout import check_labels
-from .weighting import true_confidence
+from .objective import true_confidence
 from ..data import Dataset
-from ..defence import in_mode
 from ..device import generator_for
+from ..passes import in_mode
 from ..training import logit_distance
 
 # %% ../../nbs/20_aalp/03_consistency.ipynb #c05

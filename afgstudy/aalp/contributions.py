@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .dropout import check_labels, contribution_at
 from ..data import Dataset
-from ..defence import in_mode
 from ..device import generator_for
 from ..models import penultimate
+from ..passes import in_mode
 
 # %% ../../nbs/20_aalp/02_contributions.ipynb #c05
 def feature_contribution(

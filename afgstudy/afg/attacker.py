@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 from .recognition import mixed_label
 from ..attacks.base import check_radius, frozen
 from ..attacks.gradient import linf_box
-from ..attacks.hooks import BPDA
+from ..attacks.wrappers import BPDA
 from ..models import features
 
 # %% ../../nbs/50_afg/06_attacker.ipynb #c05

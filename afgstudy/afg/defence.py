@@ -16,8 +16,9 @@ from .genome import Genome
 from .recognition import Fitted, decode, mixed_label, second_network, train_second
 from ..attacks.base import Attack
 from ..data import Dataset
-from ..defence import Verdict, in_batches
+from ..defence import Verdict
 from ..device import generator_for
+from ..passes import in_batches
 from ..training import Recipe
 
 # %% ../../nbs/50_afg/05_defence.ipynb #c05

@@ -41,10 +41,10 @@ from ..attacks import BIM, FGSM, DeepFool
 from ..attacks.base import Attack
 from ..attacks.evaluate import attacked
 from ..data import Dataset, load, stratified
-from ..defence import correct, in_batches
 from ..device import default_device
 from ..models import Classifier, about_weights, create, features, head, penultimate
 from ..networks import named
+from ..passes import correct, in_batches
 from ..stats import Estimate, proportion
 from ..training import Recipe, copy_state, describe, fit, state_digest
 

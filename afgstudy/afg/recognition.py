@@ -19,10 +19,11 @@ from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from .separation import small_vgg
-from ..defence import Verdict, in_batches, in_mode
+from ..defence import Verdict
 from ..device import default_device, generator_for, seed_for
 from ..models import create, features
 from ..networks import conv, he_init, named
+from ..passes import in_batches, in_mode
 from ..training import Recipe, learning_rate, make_optimiser
 
 # %% ../../nbs/50_afg/04_recognition.ipynb #c05

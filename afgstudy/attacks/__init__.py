@@ -9,12 +9,12 @@ __all__ = []
 from .base import Attack
 from .carlini import CarliniWagner
 from .deepfool import DeepFool
+from .external import DDN, AutoAttack
 from .gradient import BIM, FGSM, MIFGSM, PGD
-from .hooks import BPDA, ExpectationOverTransformation
-from .libraries import DDN, AutoAttack
 from .pixel import PixelAttack
 from .spatial import SpatialTransform
 from .universal import UniversalPerturbation
+from .wrappers import BPDA, ExpectationOverTransformation
 
 # %% ../../nbs/10_attacks/index.ipynb #c03
 __all__ = [

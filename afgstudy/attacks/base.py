@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..defence import in_mode
+from ..passes import in_mode
 
 # %% ../../nbs/10_attacks/00_base.ipynb #c04
 Model = Callable[[Tensor], Tensor]  # images [B, C, H, W] in [0, 1] -> logits [B, K]

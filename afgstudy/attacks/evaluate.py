@@ -14,8 +14,9 @@ from torch import Tensor
 from .base import Attack, Model
 from .gradient import PGD
 from ..data import Dataset
-from ..defence import Verdict, correct, in_batches, outcome
+from ..defence import Verdict, outcome
 from ..device import generator_for
+from ..passes import correct, in_batches
 
 # %% ../../nbs/10_attacks/09_evaluate.ipynb #c05
 def attacked(

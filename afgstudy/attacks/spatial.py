@@ -15,7 +15,7 @@ from torch.nn.functional import grid_sample
 
 from .base import Attack, ImageNoise, Model, check_logits, margin
 from .gradient import SHRINK_EVERY
-from .hooks import straight_clip
+from .wrappers import straight_clip
 
 # %% ../../nbs/10_attacks/06_spatial.ipynb #c06
 def warp(

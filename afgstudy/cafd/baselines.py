@@ -14,7 +14,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 
 from ..attacks import DDN, PGD, AutoAttack, CarliniWagner, SpatialTransform
 from ..attacks.base import Attack
-from ..attacks.hooks import BPDA
+from ..attacks.wrappers import BPDA
 from .attack import Aimed
 from .losses import PurifierLoss, loss_named
 from .training import PurifierRecipe

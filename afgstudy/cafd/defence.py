@@ -12,11 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..attacks.hooks import BPDA, clip, straight_clip
+from ..attacks.wrappers import BPDA, clip, straight_clip
 from .features import linear_head
 from .networks import Denoiser
-from ..defence import Verdict, in_mode
+from ..defence import Verdict
 from ..models import Classifier
+from ..passes import in_mode
 
 # %% ../../nbs/40_cafd/05_defence.ipynb #c05
 class Purified(nn.Module):

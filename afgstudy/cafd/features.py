@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..data import Dataset, load
-from ..defence import in_mode
 from ..device import default_device
 from ..models import Classifier, create, features, head, layers
+from ..passes import in_mode
 from ..training import Recipe, fit
 
 # %% ../../nbs/40_cafd/00_features.ipynb #c05

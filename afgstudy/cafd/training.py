@@ -248,7 +248,7 @@ def fit_purifier(
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c24
 def stored_attack(
-    store,  # an `afgstudy.study.store.Store`
+    store,  # an `afgstudy.store.Store`
     attack: Attack,
     model: nn.Module,  # what the attacker knows: a target, or a whole pipeline
     data: Dataset,

@@ -17,7 +17,7 @@ import click
 import yaml
 
 from .. import __version__
-from .keys import StudyError
+from ..keys import StudyError
 
 # %% ../../nbs/60_study/04_cli.ipynb #c05
 class _Group(click.Group):
@@ -324,8 +324,8 @@ def store() -> None:
 @store.command("ls")
 def store_ls() -> None:
     "The artifacts, newest first."
+    from afgstudy.store import Store
     from afgstudy.study.report import seconds_text
-    from afgstudy.study.store import Store
 
     found = Store().ls()
     lines = []
@@ -345,7 +345,7 @@ def store_ls() -> None:
 @click.option("--kind", help="All artifacts of this kind.")
 def store_rm(keys: tuple[str, ...], kind: str | None) -> None:
     "Remove artifacts by KEY (or its beginning), or all of a kind. They are built again when they are needed."
-    from afgstudy.study.store import Store
+    from afgstudy.store import Store
 
     if bool(keys) == bool(kind):
         raise click.UsageError("give keys, or --kind")
@@ -393,5 +393,5 @@ class _LazyGroup(_Group):
 
 
 main.add_command(
-    _LazyGroup("genome", "afgstudy.afg.command:genome", "Sets of feature genomes: build one, look into it.")
+    _LazyGroup("genome", "afgstudy.afg.cli:genome", "Sets of feature genomes: build one, look into it.")
 )

@@ -20,8 +20,8 @@ from typing import Any
 
 import nbformat
 
+from ..keys import StudyError, nearest, project_root, runs_root, write_whole
 from .experiment import DASH, cells_of, scrub
-from .keys import StudyError, nearest, project_root, runs_root, write_whole
 
 # %% ../../nbs/60_study/03_report.ipynb #c05
 PRESETS = ("paper", "cpu", "smoke")  # the weightiest first

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import afgstudy
-from afgstudy.study.keys import (
+from afgstudy.keys import (
     StudyError,
     essence,
     experiments_root,

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks.base import Model
-from ..attacks.hooks import straight_clip
-from ..defence import Outcome, Verdict, in_mode
+from ..attacks.wrappers import straight_clip
+from ..defence import Outcome, Verdict
+from ..passes import in_mode
 from .labels import OTHER, LabelMap, identity_map, read_map
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c05
