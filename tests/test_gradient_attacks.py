@@ -309,7 +309,7 @@ class Tuple(nn.Module):
         (nn.Flatten(), 0, torch.float32, "generator must be a torch.Generator or None, got 0"),
         (Tuple(), None, torch.float32, r"must return logits \[2, K\], got tuple"),
         (lambda x: x.flatten(1).detach(), None, torch.float32, "no gradient with respect to the images"),
-        (lambda x: torch.zeros(len(x), 16).requires_grad_(), None, torch.float32, "no gradient with respect to the images"),
+        (lambda x: torch.ones(len(x), 16).requires_grad_(), None, torch.float32, "no gradient"),
         (nn.Flatten(), None, torch.float16, "x must be float32 or float64, got torch.float16"),
         (nn.Flatten(), None, torch.bfloat16, "x must be float32 or float64, got torch.bfloat16"),
         (None, None, torch.float32, "model must be a function from images to logits, got NoneType"),
@@ -317,8 +317,9 @@ class Tuple(nn.Module):
 )
 def test_what_no_attack_can_work_with_is_named(attack, model, generator, dtype, message):
     x = torch.rand(2, 1, 4, 4).to(dtype)
+    x[:, :, 0, 0] = 1  # class 0 wins, so there is something to attack
     with pytest.raises(ValueError, match=message):
-        attack(model, x, torch.tensor([0, 1]), generator)
+        attack(model, x, torch.tensor([0, 0]), generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
