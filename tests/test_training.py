@@ -170,7 +170,8 @@ PROGRAM = textwrap.dedent(
     from afgstudy.training import ALP, Recipe, fit, state_digest
 
     model = create("resnet9", classes=10, channels=1, size=28, width=4, seed=0)  # has batch normalisation
-    recipe = Recipe(epochs=4, batch_size=64, optimiser="sgd", lr=0.02, schedule="one_cycle", ramp_epochs=2.5, augment="crop_flip")
+    recipe = Recipe(epochs=4, batch_size=64, optimiser="sgd", lr=0.02, schedule="one_cycle", ramp_epochs=2.5,
+                    augment="crop_flip")
     data, valid = load("digits", "train", n=256), load("digits", "validation", n=64)
     fit(model, data, ALP(), PGD(eps=0.1, step_size=0.05, steps=3), recipe, valid, checkpoint=sys.argv[1],
         after_epoch=lambda epoch, _: print("epoch", epoch, flush=True))

@@ -90,7 +90,7 @@ def guided(
     range (on an accelerator this look would stop every step; `fit` has checked the whole set before).
     """
     layer = check_maskable(model)
-    if not is_accelerator(y.device):
+    if not is_accelerator(y):
         check_labels(y, layer.out_features)
 
     def mask(module, inputs):
