@@ -53,7 +53,7 @@ def test_gradient_of_the_loss_agrees_with_finite_differences(objective, batch, m
     def loss():
         return objective(model, x, y, Fixed(), generator_for(0, "noise")).total
 
-    # the library computes losses in float32; a finite difference needs float64, also behind the `.float()` of the logits
+    # a finite difference needs float64, also where the library takes `.float()` of the logits
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     weight = model[3].weight
     (gradient,) = torch.autograd.grad(loss(), weight)
