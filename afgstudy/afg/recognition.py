@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'DECAYS', 'mixed_label', 'top2_iou', 'decode', 'second_network', 'Fitted', 'unit', 'Reader',
-           'bce_over_entries', 'train_second', 'cheap_features', 'affine_fit', 'held_back', 'chosen_decay',
+           'bce_over_entries', 'train_second', 'cheap_features', 'logistic', 'affine_fit', 'held_back', 'chosen_decay',
            'linear_probe', 'svm', 'ensemble', 'metzen_detector']
 
 # %% ../../nbs/50_afg/04_recognition.ipynb #c02
@@ -178,29 +178,41 @@ def cheap_features(
 NEVER = 20.0  # log-odds of an output that no (or every) training sample has
 
 
+def logistic(
+    z: np.ndarray,  # [N, D] standardised
+    labels: np.ndarray,  # [N], two classes or more
+    decay: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # classes [K], weight [K, D], bias [K]; of two classes, K is 1
+    "scikit-learn's logistic regression, in the space that the samples span where that is smaller."
+    turn = None
+    if z.shape[1] > len(z):  # a weight outside the span of the samples would only be decayed: QR is exact
+        turn, lower = np.linalg.qr(z.T)
+        z = lower.T
+    model = LogisticRegression(C=1 / (2 * decay * len(z)), max_iter=5000, tol=1e-5).fit(z, labels)
+    return model.classes_, model.coef_ if turn is None else model.coef_ @ turn.T, model.intercept_
+
+
 def affine_fit(
     x: Tensor,  # [N, D]
     target: Tensor,  # [N, outputs] of 0 and 1
     decay: float = 1e-3,  # weight of the squared weights, on standardised inputs
 ) -> tuple[Tensor, Tensor]:  # weight [outputs, D] and bias [outputs]
     "Logistic regression to the minimum of its loss, the standardisation of the inputs folded in."
-    scaler = StandardScaler().fit(x.double().numpy())
-    z, outputs = scaler.transform(x.double().numpy()), target.shape[1]
-    weight, bias = torch.zeros(outputs, x.shape[1]).double(), torch.full((outputs,), -NEVER).double()
+    scaler, outputs = StandardScaler().fit(x.double().numpy()), target.shape[1]
+    z = scaler.transform(x.double().numpy())
+    weight, bias = np.zeros((outputs, x.shape[1])), np.full(outputs, -NEVER)
     alone = bool((target.sum(1) == 1).all())
     for k, labels in [(None, target.argmax(1))] if alone else enumerate(target.T):
         if len(labels.unique()) == 1:
             bias[int(labels[0]) if alone else k] = NEVER if alone or labels[0] else -NEVER
             continue
-        model = LogisticRegression(C=1 / (2 * decay * len(x)), max_iter=5000, tol=1e-6)
-        model.fit(z, labels.long().numpy())
-        found, start = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+        classes, found, start = logistic(z, labels.long().numpy(), decay)
         if alone and len(found) == 1:  # two classes: the log-odds of the second
-            found, start = (torch.cat([0 * v, v]) for v in (found, start))
-        rows = torch.from_numpy(model.classes_).long() if alone else [k]
+            found, start = (np.concatenate([0 * v, v]) for v in (found, start))
+        rows = classes if alone else [k]
         weight[rows], bias[rows] = found, start
-    folded = weight / torch.from_numpy(scaler.scale_)
-    return folded.float(), (bias - folded @ torch.from_numpy(scaler.mean_)).float()
+    folded = weight / scaler.scale_
+    return torch.from_numpy(folded).float(), torch.from_numpy(bias - folded @ scaler.mean_).float()
 
 # %% ../../nbs/50_afg/04_recognition.ipynb #1aaec767
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # that are tried
