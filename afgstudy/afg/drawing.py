@@ -218,7 +218,9 @@ def visualise(
 ) -> dict[str, Tensor]:  # layer -> [B, r, 3, size, size] in (0, 1); with `at` [B, r, len(at), 3, size, size]
     "A picture of every group (AFG eq. 6): the input that excites it most. The same for the same seed."
     if any(not 1 <= step <= settings.steps for step in at) or list(at) != sorted(set(at)):
-        raise ValueError(f"pictures are kept after steps from 1 to {settings.steps}, in order, got {list(at)}")
+        raise ValueError(
+            f"pictures are kept after steps from 1 to {settings.steps}, in order, got {list(at)}"
+        )
     channels = next((m.shape[1] for n, m in model.named_buffers() if n.endswith("normalise.mean")), 3)
     bar = tqdm(
         total=sum(len(v) * v.shape[1] for v in directions.values()), disable=not progress, unit="picture"

@@ -182,7 +182,9 @@ def logistic(
     z: np.ndarray,  # [N, D] standardised
     labels: np.ndarray,  # [N], two classes or more
     decay: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # classes [K], weight [K, D], bias [K]; of two classes, K is 1
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # classes [K], weight [K, D], bias [K]; of two classes, K is 1
     "scikit-learn's logistic regression, in the space that the samples span where that is smaller."
     turn = None
     if z.shape[1] > len(z):  # a weight outside the span of the samples would only be decayed: QR is exact

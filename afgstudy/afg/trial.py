@@ -8,7 +8,6 @@ __all__ = ['in_turn', 'genomes_of', 'Trial', 'folds_of', 'cross_scores', 'fold_a
 # %% ../../nbs/50_afg/07a_trial.ipynb #t02
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,9 @@ class Trial:
         p = self.protocol
         self.root = Path(self.root or runs_root() / "genomes")
         self.model, self.network = first_network(p, self.get)
-        self.pool = load(p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes")
+        self.pool = load(
+            p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes"
+        )
         self.hits = correct(self.model, self.pool.images(), self.pool.y, batch_size=16).cpu()
         order = in_turn(self.pool.y.cpu(), p.seed)
         self.order = order[self.hits[order]]  # only what the first network knows
@@ -119,7 +120,9 @@ def folds_of(
 
 
 def cross_scores(
-    fit: Callable[[Tensor, Tensor], Callable],  # (numbers of training samples, their sources) -> scores of numbers
+    fit: Callable[
+        [Tensor, Tensor], Callable
+    ],  # (numbers of training samples, their sources) -> scores of numbers
     source: Tensor,  # [M]
     fold: Tensor,  # [M]
     learn: Tensor | None = None,  # [M] bool: samples that may be learned from; None: all
@@ -132,7 +135,9 @@ def cross_scores(
         known = source[fold != k].unique()
         if n_train:
             known = known[torch.randperm(len(known), generator=generator_for(seed, "fewer", k))[:n_train]]
-        mine = torch.isin(source, known) & (torch.ones_like(fold, dtype=torch.bool) if learn is None else learn)
+        mine = torch.isin(source, known) & (
+            torch.ones_like(fold, dtype=torch.bool) if learn is None else learn
+        )
         scores = fit(numbers[mine], source[mine])(numbers[fold == k])
         result = torch.zeros(len(source), scores.shape[1]) if result is None else result
         result[fold == k] = scores
