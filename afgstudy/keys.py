@@ -94,7 +94,7 @@ def _callable_name(value: object, where: str) -> str:
     "Module and name of a function or class; `TypeError` for one that has no lasting name."
     name = f"{value.__module__}.{value.__qualname__}"
     if "<" in name or getattr(value, "__closure__", None):
-        raise TypeError(f"{where} is {value.__qualname__!r}, made inside a function: its name does not say what it computes")
+        raise TypeError(f"{where} is {value.__qualname__!r}, made inside a function: its name says too little")
     return name
 
 
@@ -371,7 +371,7 @@ def _own_source(part: object) -> str:
         try:
             text = inspect.cleandoc("\n" + inspect.getsource(part))
         except (OSError, TypeError) as e:
-            raise TypeError(f"the source of {part.__qualname__!r} is not to be had, so no key could follow it: {e}") from None
+            raise TypeError(f"the source of {part.__qualname__!r} is not to be had, so no key follows it: {e}") from None
     return essence(text)
 
 # %% ../nbs/00_core/00_keys.ipynb #c37
