@@ -371,7 +371,7 @@ def _own_source(part: object) -> str:
         try:
             text = inspect.cleandoc("\n" + inspect.getsource(part))
         except (OSError, TypeError) as e:
-            raise TypeError(f"the source of {part.__qualname__!r} is not to be had, so no key follows it: {e}") from None
+            raise TypeError(f"the source of {part.__qualname__!r} is not to be had, so no key follows: {e}") from None
     return essence(text)
 
 # %% ../nbs/00_core/00_keys.ipynb #c37
