@@ -254,15 +254,15 @@ def report(presets: tuple[str, ...], formats: str, committed: bool) -> None:
 @click.option("--prose", is_flag=True, help="Only bring the text of all committed notebooks up to date.")
 def publish(experiment: str | None, preset: str, prose: bool) -> None:
     "Copy the newest record of an experiment to data/results/PRESET/EXPERIMENT, to be committed."
-    from afgstudy.study import report as reports
+    from afgstudy.study import records
 
     if prose:
-        for path in reports.renew_prose():
+        for path in records.renew_prose():
             click.echo(path)
         return
     if not experiment:
         raise click.UsageError("which experiment is to be published? (or --prose)")
-    folder, remarks = reports.publish(experiment, preset)
+    folder, remarks = records.publish(experiment, preset)
     for remark in remarks:
         click.echo(f"note: {remark}", err=True)
     click.echo(folder)
