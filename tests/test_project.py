@@ -164,9 +164,12 @@ def test_every_command_of_the_readme_is_a_make_target(project):
 
 def test_wheel_works_outside_the_checkout(project, tmp_path):
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(
-        ".*", "runs", "data", "nbs", "_docs", "build", "*.egg-info", "__pycache__"
-    )
+    kept_out = shutil.ignore_patterns(".*", "runs", "nbs", "_docs", "build", "*.egg-info", "__pycache__")
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        "The project's own `data/` too, but not the package `afgstudy.data`."
+        return kept_out(folder, names) | ({"data"} if Path(folder) == project else set())
+
     shutil.copytree(project, source, ignore=ignore)
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source]
     made = subprocess.run(build, capture_output=True, text=True, timeout=300)
