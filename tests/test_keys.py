@@ -55,7 +55,8 @@ def test_every_module_that_a_training_runs_through_is_in_its_key():
             ran.add(name)
 
     draw = torch.Generator().manual_seed(0)
-    data = Dataset("noise", "train", torch.rand(20, 1, 28, 28, generator=draw), torch.arange(20) % 10, tuple("0123456789"))
+    images, labels = torch.rand(20, 1, 28, 28, generator=draw), torch.arange(20) % 10
+    data = Dataset("noise", "train", images, labels, tuple("0123456789"))
     model, attack = create("lenet5", channels=1, size=28), PGD(eps=0.1, step_size=0.05, steps=2)
     sys.setprofile(note)
     try:
