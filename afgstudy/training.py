@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Dataset, crop_flip, load
-from .device import default_device, generator_for, seed_for
+from .device import default_device, generator_for, own_random, seed_for
 from .models import create
 from .passes import correct, in_mode
 
@@ -384,7 +384,7 @@ def fit(
         optimiser.load_state_dict(state["optimiser"])
         history, best_epoch, best_state = state["history"], state["best_epoch"], state["best_state"]
         begin = len(history)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with own_random(device):
         for epoch in tqdm(
             range(begin, recipe.epochs),
             initial=begin,

@@ -37,11 +37,11 @@ from afgstudy.cafd.features import digits_target, feature_layer, map_distance
 from afgstudy.cafd.losses import LOSSES, ordinary, relativistic
 from afgstudy.cafd.protocol import (
     Workshop,
+    conclusion,
     relative_change,
     split_target,
-    survives_informed,
+    survives_adaptive,
     target_recipe,
-    verdict,
 )
 from afgstudy.cafd.training import purifier_spec, stored_attack, stored_purifier
 from afgstudy.data import load
@@ -578,15 +578,15 @@ def test_the_public_codes_pipeline_forgets_the_image(digits):
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
 
 
-def test_an_informed_attacker_is_the_worst_of_two(digits):
+def test_an_adaptive_attacker_is_the_worst_of_two(digits):
     target, _, test = digits
     attack = PGD(eps=0.1, step_size=0.05, steps=2)
     defence = CAFD(target, Denoiser(1, 1 / 16, seed=0).eval())
-    left = survives_informed(attack, defence, test)
+    left = survives_adaptive(attack, defence, test)
     assert left.shape == (60,) and left.dtype == torch.bool
     assert not (left & ~survives(attack, defence.pipeline, test)).any()
     bare, x = Purification(target, nn.Identity()), test.images()
-    assert torch.equal(bare.logits(x), target(x)) and survives_informed(attack, bare, test).shape == (60,)
+    assert torch.equal(bare.logits(x), target(x)) and survives_adaptive(attack, bare, test).shape == (60,)
 
 
 # --- baselines and workshop ---
@@ -686,7 +686,7 @@ def test_a_verdict_is_the_exact_test_s(only_a, only_b):
     a = torch.arange(100) < only_a
     b = (torch.arange(100) >= 50) & (torch.arange(100) < 50 + only_b)
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    said = verdict(paired(a, b), "up", "down")
+    said = conclusion(paired(a, b), "up", "down")
     assert said == (
         "no difference that this n can show" if p >= 0.05 else "up" if only_a > only_b else "down"
     )

@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from afgstudy.study.report import with_prose_of
+from afgstudy.study.records import with_prose_of
 
 BIN = Path(sys.executable).parent
 

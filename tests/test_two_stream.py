@@ -16,9 +16,9 @@ from afgstudy.defence import Defence, Verdict, outcome
 from afgstudy.models import count_passes, create
 from afgstudy.store import Store
 from afgstudy.two_stream import (
+    AdaptiveAttack,
     Categorised,
     Evidence,
-    Informed,
     ReputationServer,
     ResizeOnly,
     SumOfTypes,
@@ -47,11 +47,10 @@ from afgstudy.two_stream.labels import OTHER, LabelMap, checked_map
 from afgstudy.two_stream.networks import CapsuleMargin, grown, make_network, route, squash
 from afgstudy.two_stream.protocol import (
     WITH_RADIUS,
-    Bench,
+    Column,
     allowed_for,
-    attacked,
-    bench,
     category_images,
+    column_for,
     cross_fitted,
     evidence_under,
     high_network,
@@ -59,6 +58,7 @@ from afgstudy.two_stream.protocol import (
     shuffle_tiles,
     study_attacks,
     summed,
+    under_attacks,
     verdict_rates,
 )
 from afgstudy.two_stream.reputation import counting, mixed, rates, transition, wrong_answers
@@ -292,16 +292,16 @@ def test_the_frontier_holds_what_nothing_beats():
     st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]), min_size=1, max_size=12),
     st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9]),
 )
-def test_a_budget_refuses_the_highest_scores_and_ties_together(scores, share):
+def test_a_budget_rejects_the_highest_scores_and_ties_together(scores, share):
     verdict = Verdict(torch.zeros(len(scores)).long(), torch.zeros(len(scores)).bool(), torch.tensor(scores))
     y = torch.arange(len(scores)) % 2
     b = at_budget(verdict, exactly(y, 2), verdict, share)
-    assert (b.refused.astype(int) + b.right + b.wrong == 1).all() and b.refused.mean() >= share - 1e-9
-    kept = [s for s, r in zip(scores, b.refused, strict=True) if not r]
-    gone = [s for s, r in zip(scores, b.refused, strict=True) if r]
+    assert (b.rejected.astype(int) + b.right + b.wrong == 1).all() and b.rejected.mean() >= share - 1e-9
+    kept = [s for s, r in zip(scores, b.rejected, strict=True) if not r]
+    gone = [s for s, r in zip(scores, b.rejected, strict=True) if r]
     assert not kept or not gone or max(kept) < min(gone)
     assert not gone or sum(s > min(gone) for s in scores) < max(1, share * len(scores) + 1e-9)
-    assert b.accuracy.tolist() == [k == 0 for k, r in zip(y.tolist(), b.refused, strict=True) if not r]
+    assert b.accuracy.tolist() == [k == 0 for k, r in zip(y.tolist(), b.rejected, strict=True) if not r]
 
 
 def test_a_budget_that_makes_no_sense():
@@ -474,10 +474,10 @@ def test_pixels_of_the_small_image_become_blocks_of_the_large_one(pair):
     assert (changed <= 16).all() and changed.any()  # one of 4 x 4 pixels is a block of 4 x 4
 
 
-def test_the_informed_attacker_wins_within_the_ball_and_says_nothing_false(pair):
+def test_the_adaptive_attacker_wins_within_the_ball_and_says_nothing_false(pair):
     x = images(20)
     y = pair(x).label
-    attack = Informed(eps=EPS, step_size=EPS / 4, steps=8)
+    attack = AdaptiveAttack(eps=EPS, step_size=EPS / 4, steps=8)
     won = attack(pair, x, y)
     assert (won - x).abs().max() <= EPS + 1e-6 and won.min() >= 0 and won.max() <= 1
     naive = TypeOne(BIM(eps=EPS, steps=8))(pair, x, y)
@@ -486,18 +486,18 @@ def test_the_informed_attacker_wins_within_the_ball_and_says_nothing_false(pair)
     assert torch.equal(attack(pair, x, y), won)
 
 
-def test_the_informed_attacker_leaves_alone_what_is_wrong_already(pair):
+def test_the_adaptive_attacker_leaves_alone_what_is_wrong_already(pair):
     x = images(40)
     verdict = pair(x)
     y = torch.where(verdict.label == 0, 1, 0)
     wrong = succeeds(pair, x, y)
     assert wrong.any()
-    assert torch.equal(Informed(eps=EPS, steps=3)(pair, x, y)[wrong], x[wrong])
+    assert torch.equal(AdaptiveAttack(eps=EPS, steps=3)(pair, x, y)[wrong], x[wrong])
 
 
-def test_the_informed_attacker_takes_one_pass_a_step(pair):
+def test_the_adaptive_attacker_takes_one_pass_a_step(pair):
     x, y = images(4), torch.zeros(4).long()
-    attack = Informed(eps=1e-6, step_size=1e-6, steps=3)  # too small to win
+    attack = AdaptiveAttack(eps=1e-6, step_size=1e-6, steps=3)  # too small to win
     x = x[~succeeds(pair, x, y[: len(x)])]
     y = y[: len(x)]
     assert len(x) and not succeeds(pair, attack(pair, x, y), y).any()
@@ -532,11 +532,11 @@ def test_wrong_categories_leave_out_the_right_and_the_empty_one(pair):
 def test_attacks_and_defence_take_an_empty_batch(pair):
     nothing, none = images(0), torch.zeros(0).long()
     assert pair(nothing).label.shape == (0,)
-    for attack in (TypeOne(), TypeTwo(), ResizeOnly(), Informed(), Harmless("noise")):
+    for attack in (TypeOne(), TypeTwo(), ResizeOnly(), AdaptiveAttack(), Harmless("noise")):
         assert attack(pair, nothing, none).shape == (0, 3, 16, 16)
 
 
-@pytest.mark.parametrize("attack", [TypeOne(), TypeTwo(), Informed()])
+@pytest.mark.parametrize("attack", [TypeOne(), TypeTwo(), AdaptiveAttack()])
 def test_attacks_say_what_does_not_fit(pair, attack):
     with pytest.raises(ValueError, match=r"\[B, C, 16, 16\]"):
         attack(pair, images(2, 8), torch.zeros(2).long())
@@ -547,7 +547,7 @@ def test_attacks_say_what_does_not_fit(pair, attack):
 def test_an_attack_changes_nothing_about_the_defence(pair):
     before = {k: v.clone() for k, v in pair.state_dict().items()}
     x, y = images(3), torch.zeros(3).long()
-    for attack in (TypeOne(BIM(eps=EPS)), TypeTwo(BIM(eps=EPS)), Informed(eps=EPS, steps=2)):
+    for attack in (TypeOne(BIM(eps=EPS)), TypeTwo(BIM(eps=EPS)), AdaptiveAttack(eps=EPS, steps=2)):
         attack(pair, x, y)
         assert all(p.requires_grad and p.grad is None for p in pair.parameters()) and pair.training
     assert all(torch.equal(v, pair.state_dict()[k]) for k, v in before.items())
@@ -698,14 +698,14 @@ def test_evidence_is_kept_and_found_again(pair, tmp_path):
 def test_every_row_of_the_study_runs_and_adds_up(pair):
     data = Dataset("made up", "test", images(8), torch.arange(8) % 3, CATEGORIES)
     quick = dict(population=8, generations=1, cw_steps=2, cw_rounds=1)
-    b = Bench(data, pair, data.take(slice(0, 3)), None)
-    attacks = study_attacks(b, EPS, 2, informed_steps=2, passes=1, **quick)
-    at_another = study_attacks(b, EPS, 2, informed_steps=2, passes=1, other_eps=[EPS / 2], **quick)
+    b = Column(data, pair, data.take(slice(0, 3)), None)
+    attacks = study_attacks(b, EPS, 2, adaptive_steps=2, passes=1, **quick)
+    at_another = study_attacks(b, EPS, 2, adaptive_steps=2, passes=1, other_eps=[EPS / 2], **quick)
     assert len(attacks) == 16 and list(at_another) == [*attacks, *(f"{k}, 4/255" for k in WITH_RADIUS)]
-    assert at_another["I: I-FGSM, 4/255"].attack.eps == EPS / 2 == at_another["informed, 4/255"].eps
+    assert at_another["I: I-FGSM, 4/255"].attack.eps == EPS / 2 == at_another["adaptive, 4/255"].eps
     assert list(table_attacks(EPS)) == [k for k in attacks if k[0] == "I" and k != "I: Universal"]
     attacks |= {"II: FGSM, 4/255": at_another["II: FGSM, 4/255"]}
-    seen = attacked(b, attacks, n_slow=4)
+    seen = under_attacks(b, attacks, n_slow=4)
     sizes = {k: len(seen[k].y) for k in ("clean", "II: FGSM", "II: Carlini", "II: FGSM, 4/255")}
     assert len(seen) == 18 and list(sizes.values()) == [8, 8, 4, 4]
     part = on_part(seen["clean"], 4)
@@ -802,13 +802,13 @@ def test_the_columns_of_cars_and_aircraft_from_their_files(tmp_path, monkeypatch
     write(tmp_path)
     monkeypatch.setenv("AFGSTUDY_DATA", str(tmp_path))
     high, low = create("squeezenet1_0", classes=1000, size=64, seed=0), create("resnet32", seed=0)
-    b = bench(name, 0, high, low, n_universal=2)
+    b = column_for(name, 0, high, low, n_universal=2)
     assert b.data.shape == (3, 64, 64) and b.data.classes == read_map().categories
     assert (len(b.data), len(b.fit_data), b.fit_data.split) == (4, 2, "train")
     allowed = allowed_for(b.data)
     assert [[b.data.classes[k] for k in row.nonzero()[:, 0]] for row in allowed] == [right] * 4
     assert category_images(name, 3, size=64).y.tolist() == [b.data.classes.index(right[0])] * 3
-    seen = attacked(b, {"I: FGSM": TypeOne(FGSM(eps=EPS)), "II: FGSM": TypeTwo(FGSM(eps=EPS))})
+    seen = under_attacks(b, {"I: FGSM": TypeOne(FGSM(eps=EPS)), "II: FGSM": TypeTwo(FGSM(eps=EPS))})
     for s in seen.values():
         assert len(s.y) == 4 and sum(verdict_rates(s)[k].value for k in ("reject", "right", "wrong")) == 1
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .separation import small_vgg
 from ..defence import Verdict
-from ..device import default_device, generator_for, seed_for
+from ..device import default_device, generator_for, own_random, seed_for
 from ..models import create, features
 from ..networks import conv, he_init, named
 from ..passes import in_batches, in_mode
@@ -126,7 +126,7 @@ def train_second(
     model = Reader(network).to(device)
     optimiser = make_optimiser(model, recipe)
     steps = max(len(x) // recipe.batch_size, 1)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with own_random(device):
         torch.manual_seed(seed_for(recipe.seed, "second"))
         for epoch in range(recipe.epochs):
             model.train()

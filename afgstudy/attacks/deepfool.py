@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .base import Attack, ImageNoise, Model, check_logits
-from .gradient import SHRINK_EVERY, fooled, per_image
+from .gradient import fooled, per_image
+from ..device import is_accelerator, may_look
 
 # %% ../../nbs/10_attacks/02_deepfool.ipynb #c05
 def nearest_boundary(
@@ -39,7 +40,7 @@ def nearest_boundary(
     )
     for k in least.argsort(dim=1, stable=True).split(1, dim=1):  # every image's own next class
         needed = least.gather(1, k).squeeze(1) < distance
-        if not x.is_cuda and not needed.any():
+        if not is_accelerator(x) and not needed.any():
             break
         (w_k,) = torch.autograd.grad(gap.gather(1, k).sum(), x, retain_graph=True)
         length_k = torch.linalg.vector_norm(w_k.flatten(1), ord=2 if norm == "l2" else 1, dim=1) + 1e-8
@@ -106,7 +107,7 @@ class DeepFool(Attack):
         done = torch.zeros_like(y, dtype=torch.bool)
         for step in range(self.steps):
             leaf, logits = _traced(model, at)
-            look = step % SHRINK_EVERY.get(x.device.type, 1) == 0
+            look = may_look(step, x)
             if look:
                 check_logits(logits, y)
             if step == 0:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from .base import Attack, ImageNoise, Model, check_logits, margin
-from .gradient import SHRINK_EVERY
 from .wrappers import straight_clip
+from ..device import may_look
 
 # %% ../../nbs/10_attacks/06_spatial.ipynb #c06
 def warp(
@@ -150,7 +150,7 @@ def bend(
         pace = attack.step_size * (0.51 + 0.49 * math.cos(math.pi * t / (attack.steps + 1)))
         flow = flow - pace * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-12)
         own = [index, x, y, tau, flow, first, second, image, field, smoothest, nearest, waited, done]
-        if t > attack.steps or t % SHRINK_EVERY.get(x.device.type, 1) == 0:
+        if t > attack.steps or may_look(t, x):
             for whole, part in zip(result, (image, field, smoothest), strict=True):
                 whole[index] = part
             own = [part[~done] for part in own]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Model
+from ..device import own_random
 
 # %% ../../nbs/10_attacks/08_wrappers.ipynb #c06
 class _GradientOf(torch.autograd.Function):
@@ -86,8 +87,7 @@ class ExpectationOverTransformation(nn.Module):
         if self.seed is None:
             logits = torch.stack([self.model(x) for _ in range(self.samples)])
         else:
-            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-                torch.manual_seed(self.seed)
+            with own_random(x, self.seed):
                 logits = torch.stack([self.model(x) for _ in range(self.samples)])
         if self.average == "logits":
             return logits.mean(0)

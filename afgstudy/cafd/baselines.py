@@ -118,4 +118,3 @@ def unseen_attacks(
         "stAdv": SpatialTransform(steps=max(100 // thin, 1), searches=max(20 // thin, 1)),
         "AutoAttack": AutoAttack(eps=eps, attacks=auto, **whole),
     }
-

@@ -95,8 +95,8 @@ def status(names: tuple[str, ...]) -> None:
 
     A run is stale when something it depends on has changed since: the last column says what.
     """
-    from afgstudy.study.report import seconds_text
     from afgstudy.study.parameters import presets_of, select
+    from afgstudy.study.report import seconds_text
 
     lines = []
     for name in select(names):
@@ -206,8 +206,8 @@ def _summary(outcomes: list) -> None:
 
 def _dry_run(planned: list, jobs: int) -> int:
     "Say what would run and how long it may take; the exit status (1 where something cannot run)."
-    from afgstudy.study.report import seconds_text
     from afgstudy.study.planning import estimated_seconds, state_of
+    from afgstudy.study.report import seconds_text
 
     lines, seconds, unknown = [], [], 0
     for job in planned:
@@ -255,15 +255,15 @@ def report(presets: tuple[str, ...], formats: str, committed: bool) -> None:
 @click.option("--prose", is_flag=True, help="Only bring the text of all committed notebooks up to date.")
 def publish(experiment: str | None, preset: str, prose: bool) -> None:
     "Copy the newest record of an experiment to data/results/PRESET/EXPERIMENT, to be committed."
-    from afgstudy.study import report as reports
+    from afgstudy.study import records
 
     if prose:
-        for path in reports.renew_prose():
+        for path in records.renew_prose():
             click.echo(path)
         return
     if not experiment:
         raise click.UsageError("which experiment is to be published? (or --prose)")
-    folder, remarks = reports.publish(experiment, preset)
+    folder, remarks = records.publish(experiment, preset)
     for remark in remarks:
         click.echo(f"note: {remark}", err=True)
     click.echo(folder)

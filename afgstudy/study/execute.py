@@ -137,7 +137,13 @@ def attend(job: Job) -> tuple[str, str]:
     command = [sys.executable, "-c", "from afgstudy.study.worker import work; work()", str(job.part)]
     deadline = time.monotonic() + job.timeout if job.timeout else float("inf")
     with open(job.part / "log.txt", "wb") as log:
-        where = {"cwd": job.project, "env": environment(job), "stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+        where = {
+            "cwd": job.project,
+            "env": environment(job),
+            "stdin": subprocess.PIPE,
+            "stdout": log,
+            "stderr": log,
+        }
         # in a session of its own: a terminal's Ctrl-C reaches the runner only, which ends the workers
         process = subprocess.Popen(command, start_new_session=True, **where)
         try:

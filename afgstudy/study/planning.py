@@ -11,6 +11,7 @@ __all__ = ['dataset_fingerprint', 'weights_checksum', 'device_kind', 'scientific
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -294,12 +295,10 @@ def latest_run(folder: Path) -> Path | None:
     pointer = folder / "latest"
     if not pointer.exists():
         return None
-    try:
-        name = pointer.read_text().strip()
-    except (OSError, ValueError) as e:
-        raise StudyError(f"{pointer} cannot be read: {type(e).__name__}") from None
-    if not name or Path(name).name != name or name.startswith("."):
-        raise StudyError(f"{pointer} must hold the name of a run beside it, it holds {name[:60]!r}")
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+    if name is None or not re.fullmatch(r"[\w-][\w.-]*", name) or ".." in name:
+        what = "is a folder" if name is None else f"says {name[:80]!r}"
+        raise StudyError(f"{pointer} should name a run's folder beside it, and {what}")
     target, old = folder / name, folder / f".{name}.old"
     if target.is_symlink():
         raise StudyError(f"{target} is a link; a run is kept in a folder of its own")

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/30_two_stream/index.ipynb #c02
-from .attacks import Harmless, Informed, ResizeOnly, SumOfTypes, TypeOne, TypeTwo
+from .attacks import AdaptiveAttack, Harmless, ResizeOnly, SumOfTypes, TypeOne, TypeTwo
 from afgstudy.two_stream.defence import (
     Categorised,
     EnlargedTwoStream,
@@ -23,12 +23,12 @@ from .reputation import ReputationServer, exact, simulate
 
 # %% ../../nbs/30_two_stream/index.ipynb #c03
 __all__ = [
+    "AdaptiveAttack",
     "CapsNet",
     "Categorised",
     "EnlargedTwoStream",
     "Evidence",
     "Harmless",
-    "Informed",
     "LabelMap",
     "ReputationServer",
     "ResizeOnly",

@@ -279,27 +279,29 @@ def frontier(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 class Budget(NamedTuple):
     "What becomes of images when the score alone decides."
 
-    threshold: float  # images with a score from here on are refused
-    refused: np.ndarray  # [N] bool
+    threshold: float  # images with a score from here on are rejected
+    rejected: np.ndarray  # [N] bool
     right: np.ndarray  # [N] bool, accepted and right
     wrong: np.ndarray  # [N] bool, accepted and wrong
 
     @property
     def accuracy(self) -> np.ndarray:
         "Whether each accepted image is right."
-        return self.right[~self.refused]
+        return self.right[~self.rejected]
 
 
 def at_budget(
     verdict: Verdict,  # of the images to judge
     allowed: Tensor,  # [N, C] bool
     clean: Verdict,  # of the images that set the threshold
-    share: float,  # of clean images, at least, that are refused
+    share: float,  # of clean images, at least, that are rejected
 ) -> Budget:
-    "Right and wrong at the threshold that refuses a share of the clean images; ties are refused together."
+    "Right and wrong at the threshold that rejects a share of the clean images; ties are rejected together."
     if not 0 <= share < 1 or not len(clean.score):
-        raise ValueError(f"a share in [0, 1) of some clean images is needed, got {share!r} of {len(clean.score)}")
-    refused = math.ceil(share * len(clean.score) - 1e-9)
-    threshold = clean.score.sort(descending=True).values[refused - 1].item() if refused else math.inf
+        raise ValueError(
+            f"a share in [0, 1) of some clean images is needed, got {share!r} of {len(clean.score)}"
+        )
+    rejected = math.ceil(share * len(clean.score) - 1e-9)
+    threshold = clean.score.sort(descending=True).values[rejected - 1].item() if rejected else math.inf
     said = outcome_among(verdict._replace(flagged=verdict.score >= threshold), allowed)
     return Budget(threshold, *(part.cpu().numpy() for part in (said.rejected, said.right, said.wrong)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'LocalContrast', 'texture_net', 'squash', 'route', 'CapsNet', 'CapsuleMargin', 'make_network', 'grown',
-           'shapes_example']
+           'two_stream_example']
 
 # %% ../../nbs/30_two_stream/02_networks.ipynb #c02
 from dataclasses import dataclass, replace
@@ -163,7 +163,7 @@ def grown(
     return model.eval()
 
 # %% ../../nbs/30_two_stream/02_networks.ipynb #c20
-def shapes_example(
+def two_stream_example(
     n: int = 480,  # training images of the high network; the low one sees three times as many
     epochs: int = 5,
     size: int = 128,

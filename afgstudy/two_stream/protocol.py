@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CARS', 'AIRCRAFT', 'PHOTOGRAPHS', 'SLOW', 'WITH_RADIUS', 'label_map', 'category_images', 'allowed_for', 'low_network',
-           'high_network', 'digest_of', 'description', 'evidence_under', 'fitted_universal', 'Bench', 'bench', 'Seen',
-           'attacked', 'on_part', 'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates',
-           'verdict_rates', 'summed']
+           'high_network', 'digest_of', 'description', 'evidence_under', 'fitted_universal', 'Column', 'column_for',
+           'Seen', 'under_attacks', 'on_part', 'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles',
+           'network_rates', 'verdict_rates', 'summed']
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c02
 import hashlib
@@ -24,7 +24,7 @@ from ..data import Dataset, load, stream, subset_indices
 from ..device import generator_for
 from ..stats import Estimate, macro_average, proportion
 from ..training import Recipe, describe, state_digest
-from .attacks import Harmless, Informed, ResizeOnly, SumOfTypes, table_attacks
+from .attacks import AdaptiveAttack, Harmless, ResizeOnly, SumOfTypes, table_attacks
 from afgstudy.two_stream.defence import (
     Evidence,
     TwoStream,
@@ -212,7 +212,7 @@ def fitted_universal(
     return FittedUniversal(perturbation, attack.eps, attack.norm, tuple(kept.extra["rates"]))
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c13
-class Bench(NamedTuple):
+class Column(NamedTuple):
     "A set of images in categories and the defence to judge."
 
     data: Dataset
@@ -221,7 +221,7 @@ class Bench(NamedTuple):
     small: Tensor | None  # the images at the low resolution, where they were enlarged
 
 
-def bench(
+def column_for(
     dataset: str,
     n: int,  # images to judge, 0 for all
     high: torch.nn.Module,
@@ -230,7 +230,7 @@ def bench(
     n_universal: int = 20,  # images the universal perturbation is fitted to
     agreement: float = 0.9,  # of shapes
     **options,  # of TwoStream
-) -> Bench:
+) -> Column:
     "Images and defence for one column of the tables."
     defence = TwoStream(high, low, label_map(dataset), **options)
     common = dict(size=defence.high_size, mode=defence.mode, agreement=agreement, seed=seed)
@@ -240,7 +240,7 @@ def bench(
     else:
         fit_data = category_images(dataset, n_universal, split="train", **common)
     small = load(dataset, "test", n=n or None, seed=seed).images() if dataset == "cifar10" else None
-    return Bench(data, defence.to(data.device), fit_data, small)
+    return Column(data, defence.to(data.device), fit_data, small)
 
 
 class Seen(NamedTuple):
@@ -254,8 +254,8 @@ class Seen(NamedTuple):
 SLOW = ("MI-FGSM", "DeepFool", "One-pixel", "Three-pixel", "Carlini", "sum of types", "/255")
 
 
-def attacked(
-    b: Bench,
+def under_attacks(
+    b: Column,
     attacks: dict[str, Attack | None],
     n_slow: int = 0,  # images for the attacks whose names end as in SLOW, 0 for all
     seed: int = 0,
@@ -283,7 +283,7 @@ def on_part(s: Seen, n_slow: int, seed: int = 0) -> Seen:
     return Seen(Evidence(*(t[part] for t in s.evidence)), s.y[part], s.allowed[part])
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c16
-WITH_RADIUS = ("I: FGSM", "I: I-FGSM", "I: MI-FGSM", "I: Universal", "II: FGSM", "II: I-FGSM", "informed")
+WITH_RADIUS = ("I: FGSM", "I: I-FGSM", "I: MI-FGSM", "I: Universal", "II: FGSM", "II: I-FGSM", "adaptive")
 
 
 def at_radius(name: str, eps: float) -> str:
@@ -292,11 +292,11 @@ def at_radius(name: str, eps: float) -> str:
 
 
 def study_attacks(
-    b: Bench,
+    b: Column,
     eps: float,
     steps: int,  # of the iterated attacks
-    informed_steps: int = 10,
-    informed_targets: int = 0,  # categories to try, 0 for all
+    adaptive_steps: int = 10,
+    adaptive_targets: int = 0,  # categories to try, 0 for all
     sum_targets: int = 0,
     passes: int = 2,  # over the images the universal perturbation is fitted to
     other_eps: Sequence[float] = (),  # further radii, for the attacks in WITH_RADIUS
@@ -310,10 +310,10 @@ def study_attacks(
     rows |= {"resize only": ResizeOnly()} | {kind: Harmless(kind) for kind in ("noise", "blur", "jpeg")}
     half = BIM(eps=eps / 2, step_size=min(1.25 * eps / steps, eps / 2), steps=steps, targeted=True)
     rows["sum of types"] = SumOfTypes(half, half, sum_targets or None)
-    step_size = min(2.5 * eps / informed_steps, eps)
-    rows["informed"] = Informed(eps, step_size, informed_steps, informed_targets or None)
+    step_size = min(2.5 * eps / adaptive_steps, eps)
+    rows["adaptive"] = AdaptiveAttack(eps, step_size, adaptive_steps, adaptive_targets or None)
     for radius in other_eps:
-        again = study_attacks(b, radius, steps, informed_steps, informed_targets, passes=passes, store=store)
+        again = study_attacks(b, radius, steps, adaptive_steps, adaptive_targets, passes=passes, store=store)
         rows |= {at_radius(name, radius): again[name] for name in WITH_RADIUS}
     return rows
 
