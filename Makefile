@@ -2,6 +2,7 @@
 #
 #   make study   install, run every experiment on the embedded data, write the report
 #   make test    install, run every library notebook and all tests
+#   make test-elsewhere   the same as other processors would compute it: SSE4.1, AVX2 with two threads, this one
 #   make docs    build the site into _docs/html
 #   make data    download the real sets that can be downloaded without an account
 #   make lab     open JupyterLab on the notebooks
@@ -13,17 +14,33 @@ PRESET ?= smoke
 
 BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 AFGSTUDY_TEST_THREADS=2
+
+# What torch and oneDNN are told to leave unused. Older processors than this one are emulated, newer ones cannot be.
+SSE41 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(ONE_THREAD)
+AVX2  := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(TWO_THREADS)
+LIBRARY_NOTEBOOKS := $(BIN)/nbdev_test --skip_folder_re '^[_.]|experiments|benchmarks' --do_print
 
 .DEFAULT_GOAL := study
-.PHONY: study test docs data lab setup clean
+.PHONY: study test test-elsewhere test-sse41-notebooks docs data lab setup clean
 
 study: setup
 	@$(BIN)/afgstudy run --all --preset $(PRESET) --jobs $(JOBS)
 	@$(BIN)/afgstudy report --preset $(PRESET)
 
 test: setup
-	$(ONE_THREAD) $(BIN)/nbdev_test --skip_folder_re '^[_.]|experiments|benchmarks' --n_workers $(JOBS) --do_print
+	$(ONE_THREAD) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)
 	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-elsewhere: setup test-sse41-notebooks
+	$(SSE41) $(BIN)/python -m pytest
+	$(AVX2) $(LIBRARY_NOTEBOOKS) --n_workers 1
+	$(AVX2) $(BIN)/python -m pytest
+	$(ONE_THREAD) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-sse41-notebooks: setup
+	$(SSE41) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)
 
 docs: setup
 	@$(ONE_THREAD) $(BIN)/python docs/stage.py --to _docs/pages

@@ -18,7 +18,7 @@ author = settings["author"]
 version = release = settings["version"]
 copyright = settings["copyright"]
 
-extensions = ["myst_nb", "sphinxcontrib.bibtex"]
+extensions = ["myst_nb", "sphinxcontrib.bibtex", "sphinx_copybutton"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 exclude_patterns = ["files/**/*.ipynb"]
 suppress_warnings = []
@@ -26,6 +26,9 @@ suppress_warnings = []
 # notebooks are shown with the outputs they were committed with
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_output_stderr = "remove"
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath"]

@@ -1,12 +1,23 @@
-"""The results browser: every row of every committed record in one static table that sorts and filters in the page."""
+"""The results browser: every row of every committed record in a table that sorts, filters and downloads."""
 
 from collections.abc import Iterable
-from html import escape
 
-COLUMNS = ("paper", "table", "dataset", "method", "attack", "metric", "published", "measured", "95% interval")
+COLUMNS = (
+    "paper",
+    "table",
+    "dataset",
+    "method",
+    "attack",
+    "metric",
+    "eps",
+    "published",
+    "measured",
+    "95% interval",
+)
 COLUMNS += ("n", "preset", "seed", "device")
-CHOICES = ("paper", "table", "dataset", "preset")  # columns with a list to choose from
+CHOICES = ("paper", "table", "dataset", "metric", "eps", "preset")  # columns with a list to choose from
 NUMBERS = ("published", "measured", "n", "seed")
+AT_ONCE = 50
 
 
 def number(value: float | None) -> str:
@@ -14,91 +25,67 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.2f}".replace("-", "−")
 
 
-def device_of(record: dict) -> str:
-    "What the record was computed on, in a word or two."
-    device = record.get("provenance", {}).get("device", {})
-    return str(device.get("name") or device.get("device") or "") if isinstance(device, dict) else str(device)
+def eps_of(record: dict, row: dict) -> str:
+    "The radius of a row: its own, the one its attack names, or the one its run had; a dash for clean images."
+    from afgstudy.study.report import radius_text
+
+    own, of_run = row.get("eps"), record["provenance"]["parameters"].get("eps")
+    if row["attack"] == "clean":
+        return "–"
+    if isinstance(own or of_run, int | float) and not isinstance(own or of_run, bool):
+        return radius_text(own or of_run)
+    if isinstance(of_run, list) and isinstance(
+        sets := record["provenance"]["parameters"].get("datasets"), list
+    ):
+        return {s: radius_text(e) for s, e in zip(sets, of_run, strict=False)}.get(
+            str(row["dataset"]).split(",")[0], "–"
+        )
+    return "–"
 
 
 def lines_of(experiment: str, preset: str, record: dict) -> Iterable[dict[str, str]]:
     "The rows of one record as text, by column."
     paper, _, table = experiment.partition("/")
-    for row in record.get("rows", []):
-        unit = row.get("unit") or ""
+    device = str(record["provenance"]["device"]["name"])
+    for row in record["rows"]:
+        unit = f" ({row['unit']})" if row.get("unit") else ""
         values = {k: number(row.get(k)) for k in ("published", "measured", "low", "high")}
         yield {
             "paper": paper,
             "table": table,
-            **{k: str(row.get(k) or "") for k in ("dataset", "method", "attack")},
-            "metric": f"{row.get('metric', '')}{f' ({unit})' if unit else ''}",
+            **{k: str(row[k] or "") for k in ("dataset", "method", "attack")},
+            "metric": f"{row['metric']}{unit}",
+            "eps": eps_of(record, row),
             "published": values["published"],
             "measured": values["measured"],
             "95% interval": "–" if row.get("low") is None else f"{values['low']} to {values['high']}",
             "n": "–" if row.get("n") is None else f"{row['n']:,}",
-            "seed": "–" if row.get("seed") is None else str(row["seed"]),
             "preset": preset,
-            "device": device_of(record),
+            "seed": "–" if row.get("seed") is None else str(row["seed"]),
+            "device": device,
         }
 
 
-def key_of(column: str, text: str) -> str:
-    "What a column is sorted by: the number behind a text, or the text itself."
-    return text.replace(",", "").replace("−", "-").replace("–", "") if column in NUMBERS else text
-
-
-def table(
-    runs: Iterable[tuple[str, str, dict, str]],  # experiment, preset, record, link to its page
-) -> str:
-    "The table with its filters, as HTML."
-    lines = [(line, link) for *run, link in runs for line in lines_of(*run)]
-    rows = []
-    for line, link in lines:
-        cells = []
-        for column in COLUMNS:
-            text = escape(line[column])
-            shown = f'<a href="{escape(link)}">{text}</a>' if column == "table" else text
-            kind = ' class="number"' if column in (*NUMBERS, "95% interval") else ""
-            cells.append(f'<td{kind} data-key="{escape(key_of(column, line[column]))}">{shown}</td>')
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = [f'<th><button type="button">{escape(c)}</button></th>' for c in COLUMNS]
-    body = "\n".join(rows)
-    return f"""<div class="results">
-<form class="results-filter">
-{filters(lines)}
-</form>
-<p class="results-count" aria-live="polite">{len(rows):,} rows</p>
-<div class="results-scroll">
-<table>
-<thead><tr>{"".join(heads)}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table>
-</div>
-</div>"""
-
-
-def filters(lines: list[tuple[dict[str, str], str]]) -> str:
-    "A field for words and a list for each column with few values."
-    parts = ['<label>words <input type="search" name="words" placeholder="AALP PGD-100"></label>']
-    for column in CHOICES:
-        values = sorted({line[column] for line, _ in lines})
-        options = "".join(f"<option>{escape(v)}</option>" for v in values)
-        place = COLUMNS.index(column)
-        select = (
-            f'<select name="{column}" data-column="{place}"><option value="">all</option>{options}</select>'
-        )
-        parts.append(f"<label>{escape(column)} {select}</label>")
-    return "\n".join(parts)
+def weight(line: dict[str, str]) -> tuple[bool, bool]:
+    "Accuracy beside a published number first, then what else has one, then accuracy, then the rest."
+    return line["published"] == "–" or line["measured"] == "–", not line["metric"].startswith("accuracy")
 
 
 def page(runs: Iterable[tuple[str, str, dict, str]]) -> str:
-    "The page, as Markdown with the table in it."
-    about = (
-        "Every number of every committed run. A click on a column's name sorts by it, a second click turns the order; "
-        "several words must all occur in a row. The name of a table leads to the executed notebook. An address such as "
-        "`results.html?paper=aalp&words=PGD-100` opens the page filtered. "
-        "What the columns mean is said in [How to read the numbers](70_howto/00_numbers.ipynb)."
+    "The page, as Markdown with the table in it; `runs`: experiment, preset, record, link to its page."
+    from afgstudy.study.report import render
+
+    found = [(line, link) for *run, link in runs for line in lines_of(*run)]
+    found.sort(
+        key=lambda one: (weight(one[0]), one[0]["paper"], one[0]["table"])
+    )  # stable: records keep their order
+    links = list(dict.fromkeys(link for _, link in found))
+    rows = [[*(" ".join(line[c].split()) for c in COLUMNS), links.index(link)] for line, link in found]
+    data = dict(columns=COLUMNS, numbers=NUMBERS, choices=CHOICES, at_once=AT_ONCE, links=links, rows=rows)
+    html = render(
+        "results.html.j2", columns=COLUMNS, choices=CHOICES, numbers=NUMBERS, at_once=AT_ONCE, data=data
     )
-    head = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n\n# Results\n\n"
-    return f"{head}{about}\n\n```{{raw}} html\n{table(runs)}\n```\n"
+    fence = "`" * 3
+    while fence in html:
+        fence += "`"
+    return render("results.md.j2", html=html, fence=fence)

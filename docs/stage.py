@@ -6,7 +6,6 @@ whose content changed are written, so a second build renders only what changed.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -66,7 +65,12 @@ def shown(notebook: NotebookNode) -> NotebookNode:
     for old in notebook.cells:
         says, source = directives(old.source) if old.cell_type == "code" else ({}, old.source)
         lists_names = source.startswith("__all__ = ")  # the reference shows them better
-        if not source or lists_names or says.keys() & {"hide", "default_exp"} or says.get("include") == "false":
+        if (
+            not source
+            or lists_names
+            or says.keys() & {"hide", "default_exp"}
+            or says.get("include") == "false"
+        ):
             continue
         tags = set(old.metadata.get("tags", []))
         if says.keys() & {"export", "exports", "exporti"}:
@@ -403,85 +407,104 @@ class Result:
 
 def results(site: Site) -> list[Result]:
     "The committed runs, those at the paper's own settings first."
+    from afgstudy.keys import StudyError
+    from afgstudy.study.records import committed_records
+
     found = []
-    for path in files(site.root / "data" / "results", "record.json"):
-        folder = path.parent.relative_to(site.root).as_posix()
+    try:
+        records = committed_records(project=site.root)
+    except StudyError as e:
+        raise SiteError(str(e)) from e
+    for record in records:
+        folder = record["folder"].relative_to(site.root).as_posix()
         preset, _, experiment = folder.removeprefix("data/results/").partition("/")
-        notebooks = [p.relative_to(site.root).as_posix() for p in sorted(path.parent.glob("*.ipynb"))]
-        record = json.loads(path.read_text())
-        found.append(Result(experiment, preset, folder, record, notebooks[0] if notebooks else None))
+        if (preset, experiment) != (record["preset"], record["experiment"]):
+            raise SiteError(
+                f"{folder} holds the record of {record['experiment']} with preset {record['preset']}"
+            )
+        notebook = f"{folder}/notebook.ipynb"
+        found.append(
+            Result(experiment, preset, folder, record, notebook if (site.root / notebook).is_file() else None)
+        )
     order = {preset: i for i, preset in enumerate(PRESETS)}
     return sorted(found, key=lambda r: (r.experiment, order.get(r.preset, len(order)), r.preset))
 
 
 def facts(site: Site, result: Result, source: str) -> str:
-    "Where the numbers of a result come from, in a few lines with links."
-    said = result.record.get("provenance", {})
-    device = said.get("device", {})
-    device = device.get("name") or device.get("device") if isinstance(device, dict) else device
-    parts = [f"preset **{result.preset}**"]
-    if said.get("seeds"):
-        parts.append("seed " + ", ".join(map(str, said["seeds"])))
-    parts += [str(device)] if device else []
-    if (seconds := said.get("seconds")) is not None:
-        parts.append(f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} minutes")
+    "The box above a result: its verdict, where its numbers come from, links."
+    from afgstudy.study.report import render, seconds_text, setting_of, verdict
+
+    said = result.record["provenance"]
+    about = [f"Preset {result.preset}", setting_of(result.record)]
+    about += ["seed " + ", ".join(map(str, said["seeds"]))] if said["seeds"] else []
+    about += [str(said["device"]["name"]), seconds_text(said["seconds"])]
     links = [("the record", f"{result.folder}/record.json")]
-    links += [("the notebook it ran", source)] if (site.root / source).is_file() else []
-    links += [
-        (f"{f['name']}.svg", path)
-        for f in result.record.get("figures", [])
-        if (site.root / (path := f"{result.folder}/figures/{f['name']}.svg")).is_file()
-    ]
-    for _, path in links:
-        site.shown_at.setdefault(path, f"files/{path}")
-        site.write(f"files/{path}", (site.root / path).read_bytes())
-    # as downloads: a plain link to a notebook would be one to its page
-    where = " · ".join(
-        f"{{download}}`{text} <{relative(f'files/{path}', result.page)}>`" for text, path in links
-    )
-    return f":::{{admonition}} A committed run\n:class: note run\n{', '.join(parts)}.\n\n{where}\n:::"
+    links += [("the executed notebook", result.notebook)] if result.notebook else []
+    links += [("the notebook as it is today", source)] if (site.root / source).is_file() else []
+    links += [(f"{name}.svg", path) for name, path in pictures(site, result)]
+    for _, path in links:  # as downloads: a plain link to a notebook would be one to its page
+        carry(site, path)
+    to = [dict(text=text, to=relative(f"files/{path}", result.page)) for text, path in links]
+    return render("run.md.j2", verdict=verdict(result.record), about=[a for a in about if a], links=to)
+
+
+def carry(site: Site, path: str) -> None:
+    "Put a file of the project among the site's, to be downloaded or shown."
+    site.shown_at.setdefault(path, f"files/{path}")
+    site.write(f"files/{path}", (site.root / path).read_bytes())
+
+
+def pictures(site: Site, result: Result) -> list[tuple[str, str]]:
+    "The figures of a result that are there: name and path."
+    paths = {f["name"]: f"{result.folder}/figures/{f['name']}.svg" for f in result.record["figures"]}
+    return [(name, path) for name, path in paths.items() if (site.root / path).is_file()]
 
 
 def result_page(site: Site, result: Result, source: str) -> None:
     "The executed notebook under its preset's name; without one, the rows and figures of the record."
-    title = f"(preset {result.preset})"
     about = facts(site, result, source)
     if result.notebook:
+        site.notebook(result.notebook, result.page, lambda notebook: frame(notebook, result, about))
+    else:
+        site.write(result.page, record_page(site, result, about))
 
-        def head(notebook: NotebookNode) -> None:
-            for i, cell in enumerate(notebook.cells):
-                if cell.cell_type == "markdown" and re.search(r"^# ", cell.source, flags=re.M):
-                    cell.source = re.sub(r"^(# .+)$", rf"\1 {title}", cell.source, count=1, flags=re.M)
-                    notebook.cells.insert(i + 1, markdown_cell(about))
-                    return
-            notebook.cells.insert(0, markdown_cell(f"# {result.experiment} {title}\n\n{about}"))
 
-        site.notebook(result.notebook, result.page, head)
-        return
-    lines = [f"# {result.record.get('title') or result.experiment} {title}", "", about, ""]
-    lines += [*(f"- {note}" for note in result.record.get("notes", [])), ""]
-    for figure in result.record.get("figures", []):
-        path = f"{result.folder}/figures/{figure['name']}.svg"
-        if (site.root / path).is_file():
-            lines += [f"![{figure.get('caption', '')}]({relative(f'files/{path}', result.page)})", ""]
-    lines += [
-        "| dataset | method | attack | metric | published | measured | 95% interval | n |",
-        "|---" * 8 + "|",
+def frame(notebook: NotebookNode, result: Result, about: str) -> None:
+    "Give an executed notebook its box and its preset, fold its code, and list what AutoAttack warned of."
+    from afgstudy.study.report import attacks_of, markdown_text, render
+
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "remove-input" not in cell.metadata.tags:
+            cell.metadata.tags = [*cell.metadata.tags, "hide-input"]
+    if runs := attacks_of(result.record):
+        notebook.cells.append(markdown_cell(render("attacks.md.j2", runs=runs), number=4))
+    title = f"(preset {markdown_text(result.preset)})"
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown" and (line := re.search(r"^# .+$", cell.source, flags=re.M)):
+            cell.source = cell.source[: line.end()] + f" {title}" + cell.source[line.end() :]
+            notebook.cells.insert(i + 1, markdown_cell(about))
+            return
+    notebook.cells.insert(0, markdown_cell(f"# {result.experiment} {title}\n\n{about}"))
+
+
+def record_page(site: Site, result: Result, about: str) -> str:
+    "The page of a run without a notebook."
+    from afgstudy.study.report import attacks_of, render, setting_of, tables_of
+
+    caption = {f["name"]: f.get("caption") or f["name"] for f in result.record["figures"]}
+    drawn = [
+        dict(caption=caption[name], source=relative(f"files/{path}", result.page))
+        for name, path in pictures(site, result)
     ]
-    for row in result.record.get("rows", []):
-        numbers = [
-            "–" if row.get(k) is None else f"{row[k]:.2f}" for k in ("published", "measured", "low", "high")
-        ]
-        interval = "–" if "–" in numbers[2:] else f"{numbers[2]} to {numbers[3]}"
-        n = "–" if row.get("n") is None else f"{row['n']:,}"
-        cells = [
-            *(str(row.get(k, "")) for k in ("dataset", "method", "attack", "metric")),
-            *numbers[:2],
-            interval,
-            n,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    site.write(result.page, "\n".join(lines) + "\n")
+    record = {
+        "title": result.record.get("title") or result.experiment,
+        "preset": result.preset,
+        "notes": result.record["notes"],
+        "figures": drawn,
+        "tables": tables_of(result.record["rows"], setting_of(result.record)),
+        "attacks": attacks_of(result.record),
+    }
+    return render("record.md.j2", record=record, run=about)
 
 
 def experiments(site: Site) -> tuple[dict[str, str], list[Result]]:
@@ -563,7 +586,7 @@ def tables_of(
     page = site.shown_at.get(f"nbs/{PAPERS[paper]}/index.ipynb", "")
     for name, source in sources.items():
         if name.startswith(f"{paper}/"):
-            title, question = heading(read_notebook(site.root / source))
+            title, question = (t.replace("|", "\\|") for t in heading(read_notebook(site.root / source)))
             title = title.partition(", ")[2] or title
             ran = [f"[{r.preset}]({relative(r.page, page)})" for r in runs if r.experiment == name]
             lines.append(
@@ -579,16 +602,16 @@ def tables_of(
 
 def picture_of(site: Site, paper: str, runs: list[Result]) -> str:
     "The figure that shows a paper's method, from a committed run, as Markdown; nothing where there is none."
+    from afgstudy.study.report import markdown_text
+
     page = site.shown_at.get(f"nbs/{PAPERS[paper]}/index.ipynb", "")
     for result in runs:
-        for figure in result.record.get("figures", []) if result.experiment == PICTURES[paper] else []:
-            path = f"{result.folder}/figures/{figure['name']}.svg"
-            if (site.root / path).is_file():
-                site.shown_at.setdefault(path, f"files/{path}")
-                site.write(f"files/{path}", (site.root / path).read_bytes())
-                caption = figure.get("caption", "")
-                picture = f"![{caption}]({relative(f'files/{path}', page)})"
-                return f"{picture}\n\n*{caption}* From [its page]({relative(result.page, page)})."
+        for name, path in pictures(site, result) if result.experiment == PICTURES[paper] else []:
+            carry(site, path)
+            (caption,) = (f.get("caption") or name for f in result.record["figures"] if f["name"] == name)
+            caption = markdown_text(caption)
+            picture = f"![{caption}]({relative(f'files/{path}', page)})"
+            return f"{picture}\n\n*{caption}* From [its page]({relative(result.page, page)})."
     return ""
 
 
@@ -642,7 +665,9 @@ def build(root: Path, to: Path) -> int:
     site.write("references.bib", (root / "docs" / "references.bib").read_bytes())
     site.write("bibliography.md", (root / "docs" / "bibliography.md").read_bytes())
     browser, api = browser_page(site, runs), reference_index(site, found)
-    fronts = {room: write_room(site, room, notebooks, sources, runs, pages) for room, notebooks in rooms.items()}
+    fronts = {
+        room: write_room(site, room, notebooks, sources, runs, pages) for room, notebooks in rooms.items()
+    }
     papers = [fronts[room] for room in PAPERS.values() if room in fronts]
     library_rooms = [front for room, front in fronts.items() if room not in (*PAPERS.values(), GUIDES)]
     guides = [site.shown_at[source] for source in rooms.get(GUIDES, [])]

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    "Tests compare digits; the number of threads decides the order of additions."
-    torch.set_num_threads(1)
+    "Threads decide the order of additions, and tests compare digits: one, unless `make test-elsewhere` asks for more."
+    torch.set_num_threads(int(os.environ.get("AFGSTUDY_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from afgstudy.aalp import (
     AdaptiveALP,
     GuidedDropout,
     activation_maps,
-    adaptive_logit_distance,
     choose,
     concentration,
     contribution,
@@ -31,7 +30,7 @@ from afgstudy.data import load
 from afgstudy.kept import code_of, trained
 from afgstudy.models import count_passes, create, penultimate
 from afgstudy.store import Store
-from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, state_digest
+from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, adaptive_logit_distance, fit, state_digest
 
 INNER = PGD(eps=0.1, step_size=0.05, steps=2)
 
@@ -163,6 +162,33 @@ def test_a_network_with_a_frozen_head_is_masked_too(batch):
     assert not torch.equal(GuidedDropout(Standard())(model, x, y).total, Standard()(model, x, y).total)
 
 
+def test_a_mask_for_each_image_is_the_mask_of_a_batch_of_one(batch):
+    "Each image, clean and attacked, gets the mask that its attacked copy would get alone."
+    x, y = batch
+    model, seen, whole = lenet(), [], []
+    x_adv = INNER(model, x, y, generator())
+    layer = penultimate(model)
+    with guided(model, y, per_image=True):
+        spy = layer.register_forward_pre_hook(lambda m, i: seen.append(i[0].detach()))
+        model(torch.cat([x, x_adv]))
+        spy.remove()
+    spy = layer.register_forward_pre_hook(lambda m, i: whole.append(i[0].detach()))
+    model(torch.cat([x, x_adv]))
+    spy.remove()
+    for i in range(len(x)):
+        mask = keep_mask(feature_contribution(model, x_adv[i : i + 1], y[i : i + 1]))
+        for row in (i, len(x) + i):
+            assert torch.allclose(seen[0][row], whole[0][row] * mask, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.1, 0.25, 0.5, 1.0]), st.booleans())
+def test_masks_of_many_images_are_those_of_each(rows, features, keep, strict):
+    scores = torch.rand(rows, features, generator=generator()).double()
+    one_by_one = torch.stack([keep_mask(row, keep, strict) for row in scores])
+    assert torch.equal(keep_mask(scores, keep, strict), one_by_one)
+
+
 # ------------------------------------------------------------------------------------------------ eq. 9 and 10
 
 
@@ -178,6 +204,8 @@ def test_adaptive_distance_against_a_transcription(rows, classes, seed):
         slow.append(p[y[b]] * np.mean((z[b].numpy() - z_adv[b].numpy()) ** 2))
     assert adaptive_logit_distance(z, z_adv, y).tolist() == pytest.approx(slow)
     assert (adaptive_logit_distance(z, z_adv, y) <= (z - z_adv).square().mean(1)).all()
+    summed = adaptive_logit_distance(z, z_adv, y, over_classes="sum")
+    assert summed.tolist() == pytest.approx([classes * v for v in slow])
 
 
 def test_gradient_of_the_adaptive_distance_holds_the_weight_constant():
@@ -264,8 +292,8 @@ def test_weights_by_epoch_are_kept_in_every_memory_format(tmp_path):
 
 
 def test_the_key_of_a_training_covers_the_code_of_wrapped_objectives():
-    assert {"afgstudy.aalp.dropout", "afgstudy.aalp.objective"} <= set(code_of(AALP(), INNER))
-    assert "afgstudy.aalp.objective" not in code_of(GuidedDropout(ALP()), INNER)
+    assert {"afgstudy.aalp.dropout", "afgstudy.training"} <= set(code_of(AALP(), INNER))
+    assert "afgstudy.aalp.dropout" not in code_of(ALP(), INNER)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured

@@ -13,6 +13,8 @@ import struct
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
-from afgstudy import data, shapes
-from afgstudy.data import DamagedDataset, Dataset, DownloadError, MissingDataset, crop_flip, load, stream
+from afgstudy import data
+from afgstudy.data import (
+    SOURCES,
+    DamagedDataset,
+    Dataset,
+    DownloadError,
+    MissingDataset,
+    crop_flip,
+    files,
+    inventory,
+    load,
+    loading,
+    shapes,
+    sources,
+    stream,
+)
 
 # ---------------------------------------------------------------- small files in the real formats
 
@@ -62,6 +78,11 @@ def write_mnist(root: Path, compressed: bool = False) -> dict[str, np.ndarray]:
     return written
 
 
+def small(monkeypatch, name: str, **changes) -> None:
+    "Let the source of a set be that of the small files a test wrote."
+    monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], **changes))
+
+
 def write_svhn(root: Path, monkeypatch, n: int = 30) -> np.ndarray:
     "The two .mat files of SVHN; torchvision is told their MD5 sums in place of the published ones."
     root.mkdir(parents=True, exist_ok=True)
@@ -73,6 +94,8 @@ def write_svhn(root: Path, monkeypatch, n: int = 30) -> np.ndarray:
         )  # the digit 0 is labelled 10
         scipy.io.savemat(root / file, {"X": x.transpose(1, 2, 3, 0), "y": y[:, None]}, do_compression=True)
         monkeypatch.setitem(tvd.SVHN.split_list, split, [url, file, md5(root / file)])
+    sums = {file: md5(root / file) for file in SOURCES["svhn"].md5}
+    small(monkeypatch, "svhn", md5=sums)
     return x
 
 
@@ -93,6 +116,7 @@ def write_cifar10(root: Path, monkeypatch, n: int = 20) -> np.ndarray:
     )
     monkeypatch.setattr(tvd.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(tvd.CIFAR10, "meta", {**tvd.CIFAR10.meta, "md5": md5(folder / "batches.meta")})
+    small(monkeypatch, "cifar10", md5={path: md5(root / path) for path in SOURCES["cifar10"].md5})
     return x
 
 
@@ -371,7 +395,7 @@ def test_imagenet1000_wants_a_thousand_folders(root):
 
 def test_too_much_for_memory(root, monkeypatch):
     write_cars(root)
-    monkeypatch.setattr(data, "IN_MEMORY", 1000)
+    monkeypatch.setattr(loading, "IN_MEMORY", 1000)
     with pytest.raises(ValueError, match=r"stream\('cars', 'test'\)"):
         load("cars", "test")
 
@@ -395,38 +419,43 @@ def server(tmp_path):
         web.shutdown()
 
 
-def test_get_downloads_once_and_mends_what_is_damaged(root, server, monkeypatch):
-    "torchvision's own download, from a server on this machine."
-    folder, address = server
+def serve_mnist(folder: Path, address: str, monkeypatch) -> None:
     write_mnist(folder, compressed=True)
     raw = folder / "MNIST/raw"
-    monkeypatch.setattr(tvd.MNIST, "mirrors", [f"{address}/MNIST/raw/"])
-    monkeypatch.setattr(tvd.MNIST, "resources", [(n, md5(raw / n)) for n, _ in tvd.MNIST.resources])
+    gone = "http://127.0.0.1:9/"  # a first mirror where nobody listens
+    downloads = tuple(
+        replace(d, urls=(gone, f"{address}/{d.file}"), md5=md5(folder / d.file))
+        for d in SOURCES["mnist"].downloads
+    )
     sums = {
-        part: hashlib.md5(gzip.decompress((raw / f"{part}-ubyte.gz").read_bytes())).hexdigest()
-        for part in data.MNIST_MD5
+        path: hashlib.md5(gzip.decompress((folder / f"{path}.gz").read_bytes())).hexdigest()
+        for path in SOURCES["mnist"].md5
     }
-    monkeypatch.setattr(data, "MNIST_MD5", sums)
-    official = data.SOURCES["mnist"]
-    monkeypatch.setitem(data.SOURCES, "mnist", data.replace(official, train=40, test=20))
+    assert raw.is_dir()
+    small(monkeypatch, "mnist", train=40, test=20, downloads=downloads, md5=sums)
 
+
+def test_get_downloads_once_and_mends_what_is_damaged(root, server, monkeypatch):
+    "From the second mirror, as the first is not there."
+    serve_mnist(*server, monkeypatch)
     assert not data.is_here("mnist") and data.listing().here["mnist"] == "no"
     assert data.get("mnist").ok and data.listing().here["mnist"] == "yes"
     images = root / "MNIST/raw/train-images-idx3-ubyte"
     good, written = images.read_bytes(), images.stat().st_mtime_ns
     assert data.get("mnist").ok and images.stat().st_mtime_ns == written, "what is whole is left alone"
 
-    images.write_bytes(good[:1000])
-    assert data.get("mnist").ok and images.read_bytes() == good
-    assert images.with_name(images.name + ".damaged").read_bytes() == good[:1000], "moved aside, not deleted"
+    for length in (1000, 900, 800):
+        images.write_bytes(good[:length])
+        assert data.get("mnist").ok and images.read_bytes() == good
+    assert images.with_name(images.name + ".damaged").read_bytes() == good[:800], "moved aside, not deleted"
+    assert len(list(images.parent.glob("*.damaged*"))) == 1, "and only the last one is kept"
 
 
 def test_get_svhn(root, server, monkeypatch):
     folder, address = server
     write_svhn(folder, monkeypatch)
-    for split in ("train", "test"):
-        _, file, digest = tvd.SVHN.split_list[split]
-        monkeypatch.setitem(tvd.SVHN.split_list, split, [f"{address}/{file}", file, digest])
+    downloads = tuple(data.Download((f"{address}/{f}",), f, m) for f, m in SOURCES["svhn"].md5.items())
+    small(monkeypatch, "svhn", downloads=downloads)
     report = data.get("svhn")
     assert (root / "train_32x32.mat").is_file() and len(load("svhn", "test")) == 30
     assert report.table.set_index("what").verdict["test_32x32.mat"] == "ok" and not report.ok, (
@@ -434,35 +463,90 @@ def test_get_svhn(root, server, monkeypatch):
     )
 
 
-def test_get_aircraft_sets_a_torn_archive_aside(root, server, monkeypatch):
-    "torchvision knows no checksum of this archive, and would take a torn one for a whole one."
-    folder, address = server
+def serve_aircraft(folder: Path, address: str, monkeypatch) -> Path:
     write_aircraft(folder)
     archive = folder / "fgvc-aircraft-2013b.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder / "fgvc-aircraft-2013b", "fgvc-aircraft-2013b")
-    monkeypatch.setattr(tvd.FGVCAircraft, "_URL", f"{address}/{archive.name}")
+    [download] = SOURCES["aircraft"].downloads
+    here = replace(
+        download, urls=(f"{address}/{archive.name}",), md5=md5(archive), size=archive.stat().st_size
+    )
+    small(monkeypatch, "aircraft", downloads=(here,), train=12, test=12, classes=3)
+    return archive
+
+
+def test_get_aircraft_trusts_no_torn_archive(root, server, monkeypatch):
+    archive = serve_aircraft(*server, monkeypatch)
     root.mkdir()
     (root / archive.name).write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
-    with pytest.raises(DownloadError, match="afgstudy data get aircraft"):
-        data.get("aircraft")
-    assert (root / f"{archive.name}.damaged").is_file()
-    data.get("aircraft")
-    assert len(load("aircraft", "test", size=32)) == 12
+    assert data.get("aircraft").ok, "the torn archive of an earlier attempt is not taken for a whole one"
+    assert (root / f"{archive.name}.damaged").is_file() and len(load("aircraft", "test", size=32)) == 12
 
     (root / "fgvc-aircraft-2013b/data/images/0000003.jpg").write_bytes(b"")
-    data.get("aircraft")
-    assert (root / "fgvc-aircraft-2013b.damaged").is_dir() and len(
-        load("aircraft", validation=0, size=32)
-    ) == 12
+    assert data.get("aircraft").ok and (root / "fgvc-aircraft-2013b.damaged").is_dir()
+    assert not list(root.glob(".*.part"))
+
+
+def test_the_archive_of_aircraft_is_pinned(root, server, monkeypatch):
+    "An archive with other content is refused, and nothing is left behind."
+    serve_aircraft(*server, monkeypatch)
+    [download] = SOURCES["aircraft"].downloads
+    for wrong in ({"md5": sources.AIRCRAFT.downloads[0].md5}, {"size": 5}):
+        small(monkeypatch, "aircraft", downloads=(replace(download, **wrong),))
+        with pytest.raises(DownloadError, match=r"published d4acdd|expected 5"):
+            data.get("aircraft")
+    assert [p.name for p in root.iterdir()] == [".aircraft.lock"]
+
+
+class Dropping(http.server.BaseHTTPRequestHandler):
+    "Promises a file and hangs up in the middle."
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        self.wfile.write(b"x" * 5000)
+
+    def log_message(self, *args):
+        "Says nothing."
+
+
+def test_a_dropped_connection_leaves_nothing(root, monkeypatch):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dropping) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_address[1]}/archive.tar.gz"
+        [download] = SOURCES["aircraft"].downloads
+        small(monkeypatch, "aircraft", downloads=(replace(download, urls=(url,)),))
+        with pytest.raises(DownloadError, match="connection was lost after 5,000 of 100,000 bytes"):
+            data.get("aircraft")
+        web.shutdown()
+    assert [p.name for p in root.iterdir()] == [".aircraft.lock"]
+
+
+def test_two_at_once_download_once(root, server, monkeypatch):
+    "The second waits for the first and finds the set whole."
+    serve_mnist(*server, monkeypatch)
+    retrieved, real = [], inventory._retrieve
+
+    def slowly(url: str, part: Path, *timeout) -> None:
+        real(url, part, *timeout)
+        retrieved.append(url)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(inventory, "_retrieve", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(data.get, ["mnist", "mnist"]))
+    assert all(r.ok for r in reports) and len(retrieved) == 4
+    with inventory.FileLock(root / ".mnist.lock"), pytest.raises(DownloadError, match="another process"):
+        data.get("mnist", wait=0.1)
 
 
 def test_get_without_a_network(root, monkeypatch):
     gone = "http://127.0.0.1:9/"  # nobody listens there
-    monkeypatch.setattr(tvd.MNIST, "mirrors", [gone])
-    monkeypatch.setattr(tvd.CIFAR10, "url", gone + "cifar.tar.gz")
-    monkeypatch.setattr(tvd.FGVCAircraft, "_URL", gone + "aircraft.tar.gz")
     for name in ("mnist", "cifar10", "aircraft"):
+        here = tuple(replace(d, urls=(gone,)) for d in SOURCES[name].downloads)
+        small(monkeypatch, name, downloads=here)
         with pytest.raises(DownloadError, match=rf"could not be brought to .*afgstudy data get {name}"):
             data.get(name)
 
@@ -799,15 +883,15 @@ def test_mistyped_arguments():
 
 def test_root(monkeypatch, tmp_path, project):
     monkeypatch.delenv("AFGSTUDY_DATA", raising=False)
-    assert data.data_root() == project / "data/sets"
+    assert files.data_root() == project / "data/sets"
     monkeypatch.chdir(tmp_path)
-    assert data.data_root() == project / "data/sets", "the current directory plays no part"
+    assert files.data_root() == project / "data/sets", "the current directory plays no part"
     installed = tmp_path / "site-packages/afgstudy/__init__.py"
-    monkeypatch.setattr(data.afgstudy, "__file__", str(installed))
+    monkeypatch.setattr(files.afgstudy, "__file__", str(installed))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
-    assert data.data_root() == tmp_path / "share/afgstudy/sets", "an installed wheel has no checkout"
+    assert files.data_root() == tmp_path / "share/afgstudy/sets", "an installed wheel has no checkout"
     monkeypatch.setenv("AFGSTUDY_DATA", "~/elsewhere")
-    assert data.data_root() == Path.home() / "elsewhere" and data.data_root(tmp_path) == tmp_path
+    assert files.data_root() == Path.home() / "elsewhere" and files.data_root(tmp_path) == tmp_path
 
 
 def test_fingerprints(root, monkeypatch):

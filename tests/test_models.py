@@ -644,7 +644,7 @@ def test_resnet32_on_cifar10(real_data, real_weights):
     x, y = torch.from_numpy(test.data).permute(0, 3, 1, 2), torch.tensor(test.targets)
     with torch.inference_mode():
         found = torch.cat([model(part / 255).argmax(1) for part in x.split(100)])
-    assert (found == y).sum() == 9263  # 92.63%, as published with the weights
+    assert abs((found == y).sum().item() - 9263) <= 10  # about 92.63%, as published
 
 
 @pytest.mark.real
@@ -659,7 +659,7 @@ def test_squeezenet_on_imagenet1000(real_data, real_weights):
         for x, y in torch.utils.data.DataLoader(test, batch_size=5):
             top = model(x).topk(5).indices == y[:, None]
             first, fifth = first + top[:, 0].sum().item(), fifth + top.sum().item()
-    assert (first, fifth) == (593, 821)  # 59.3% top-1, 82.1% top-5
+    assert abs(first - 593) <= 3 and abs(fifth - 821) <= 3  # about 59.3% top-1, 82.1% top-5
 
 
 @pytest.mark.real

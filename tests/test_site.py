@@ -103,11 +103,30 @@ def test_every_link_leads_somewhere(site, pages):
     assert broken == []
 
 
-def test_results_browser_shows_every_committed_row(project, pages, site):
+def results_data(site: Path) -> dict:
+    "What the results browser draws its rows from."
+    (data,) = re.findall(
+        r'class="results-data">(.*?)</script>', (site / "results.html").read_text(), flags=re.S
+    )
+    return json.loads(data)
+
+
+def test_results_browser_holds_every_committed_row(project, site):
     records = [json.loads(p.read_text()) for p in (project / "data" / "results").rglob("record.json")]
+    data = results_data(site)
+    assert len(data["rows"]) == sum(len(r["rows"]) for r in records) > 0
+    place = {column: i for i, column in enumerate(data["columns"])}
+    first = data["rows"][0]
+    assert (
+        first[place["metric"]].startswith("accuracy")
+        and first[place["published"]] != "–" != first[place["measured"]]
+    )
+    assert "8/255" in {row[place["eps"]] for row in data["rows"]}
+    assert all((site / link).is_file() for link in data["links"])
     text = (site / "results.html").read_text()
-    body = text[text.index("<tbody>", text.index('class="results"')) : text.index("</tbody>")]
-    assert body.count("<tr>") == sum(len(r["rows"]) for r in records) > 0
+    assert (
+        text[text.index("<tbody>") : text.index("</tbody>")].count("<tr>") == data["at_once"]
+    )  # without scripts too
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -145,17 +164,65 @@ def test_search_finds_deepfool(browser: Browser, site):
     assert "DeepFool" in browser.value("document.querySelector('#search-results').innerText")
 
 
+SHOWN = "[...document.querySelectorAll('.results tbody tr')]"
+PLACE = "[...document.querySelectorAll('.results th')].map((t) => t.textContent)"
+
+
+def choose(browser: Browser, name: str, value: str) -> None:
+    field = f"document.querySelector('.results [name={name}]')"
+    browser.value(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('change')); 1")
+
+
 def test_results_can_be_filtered_and_sorted(browser: Browser, site):
     browser.open(address(site, "results.html?words=Madry"))
-    shown = "[...document.querySelectorAll('.results tbody tr')].filter((r) => !r.hidden)"
-    assert browser.value(f"{shown}.length") > 0
-    assert browser.value(f"{shown}.every((r) => r.textContent.includes('Madry'))")
-    browser.value("document.querySelectorAll('.results th button')[7].click()")  # by the measured value
-    values = [float(v) for v in browser.value(f"{shown}.map((r) => r.cells[7].dataset.key)") if v]
+    assert browser.value(f"{SHOWN}.length") > 0
+    assert browser.value(f"{SHOWN}.every((r) => r.textContent.includes('Madry'))")
+    column = browser.value(PLACE).index("measured")
+    numbers = f"{SHOWN}.map((r) => r.cells[{column}].textContent).filter((t) => t !== '–')"
+    browser.value(f"document.querySelectorAll('.results th button')[{column}].click()")
+    values = [float(v.replace(",", "").replace("−", "-")) for v in browser.value(numbers)]
     assert values == sorted(values) and len(set(values)) > 1
-    browser.value("document.querySelectorAll('.results th button')[7].click()")
-    falling = [float(v) for v in browser.value(f"{shown}.map((r) => r.cells[7].dataset.key)") if v]
-    assert falling == values[::-1] or sorted(falling, reverse=True) == falling
+    browser.value(f"document.querySelectorAll('.results th button')[{column}].click()")
+    falling = [float(v.replace(",", "").replace("−", "-")) for v in browser.value(numbers)]
+    assert falling == sorted(falling, reverse=True) and "sort=-measured" in browser.value("location.search")
+
+
+def test_lists_offer_what_is_left_and_the_address_keeps_the_view(browser: Browser, site):
+    browser.open(address(site, "results.html"))
+    offered = "[...document.querySelector('.results [name=table]').options].map((o) => o.value)"
+    before = browser.value(offered)
+    choose(browser, "paper", "cafd")
+    after = browser.value(offered)
+    assert set(after) < set(before) and "unseen" in after and "table8" not in after
+    browser.value("document.querySelector('.results [name=published]').click()")
+    choose(browser, "paper", "aalp")
+    column = browser.value(PLACE).index("published")
+    assert browser.value(f"{SHOWN}.every((r) => r.cells[{column}].textContent !== '–')")
+    browser.value("document.querySelector('.results-after').click()")
+    seen, view = browser.value(f"{SHOWN}.map((r) => r.textContent)"), browser.value("location.search")
+    assert "paper=aalp" in view and "published=1" in view and "page=2" in view
+    browser.open(address(site, "results.html") + view)
+    assert browser.value(f"{SHOWN}.map((r) => r.textContent)") == seen
+
+
+def test_results_come_fifty_at_a_time_and_as_csv(browser: Browser, site):
+    browser.open(address(site, "results.html"))
+    data = results_data(site)
+    assert browser.value(f"{SHOWN}.length") == data["at_once"] == 50
+    browser.value("document.querySelector('.results-csv').click()")
+    assert browser.value("document.querySelector('.results').dataset.csv") == str(len(data["rows"]))
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1024, 1300, 1536])
+def test_results_fit_the_window_and_keep_their_header(browser: Browser, site, width, dark):
+    browser.open(address(site, "results.html"), width=width, dark=dark)
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    box = "document.querySelector('.results-scroll')"
+    assert browser.value(f"{box}.getBoundingClientRect().right") <= width
+    browser.value(f"{box}.scrollTop = 400")
+    top = f"document.querySelector('.results th').getBoundingClientRect().top - {box}.getBoundingClientRect().top"
+    assert browser.value(f"{box}.scrollTop") == 400 and abs(browser.value(top)) <= 2
 
 
 def test_a_phone_can_read_it_and_dark_is_dark(browser: Browser, site):
@@ -290,6 +357,142 @@ def test_second_build_changes_nothing(stage, project, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in to.rglob("*") if p.is_file()} == before
 
 
+A_RECORD = {"experiment": "aalp/table2", "title": "", "preset": "cpu", "rows": [], "figures": [], "notes": []}
+A_RECORD |= {
+    "provenance": {
+        "key": None,
+        "parameters": {"eps": 8 / 255},
+        "seeds": [0],
+        "revision": None,
+        "versions": {},
+    }
+    | {
+        "device": {"kind": "cpu", "name": "x86", "threads": 1},
+        "started": "2026-01-01T00:00:00",
+        "seconds": 1800,
+    }
+    | {"datasets": [], "artifacts": []}
+}
+HOSTILE = """<script>window.hurt = 1</script> {{ 7 * 7 }} `x` {raw}`html <blink>` ```{raw} html
+<img src=x onerror="window.hurt = 2">
+```
+:::{raw} html
+<script>window.hurt = 3</script>
+:::
+[link](javascript:alert(1)) ![x](../../x.png) | $x$ % +++ ../../etc (label)= &amp; """
+
+
+def hostile_record() -> dict:
+    "A record with markup in every field that takes text."
+    row = {k: f"{k} {HOSTILE}" for k in ("dataset", "method", "attack", "metric", "unit")}
+    row |= {"published": 90.0, "measured": 80.0, "low": 70.0, "high": 85.0, "n": 10, "seed": 0}
+    run = {k: f"{k} {HOSTILE}" for k in ("dataset", "method", "attack")}
+    run |= {"seed": 0, "flags": [HOSTILE], "components": [{"name": HOSTILE, "accuracy": 1.0}]}
+    said = A_RECORD["provenance"] | {
+        "parameters": {HOSTILE: HOSTILE, "network": HOSTILE},
+        "versions": {HOSTILE: HOSTILE},
+    }
+    said |= {
+        "device": {"kind": HOSTILE, "name": HOSTILE, "threads": HOSTILE},
+        "started": HOSTILE,
+        "seeds": [HOSTILE],
+    }
+    said |= {"datasets": [{"name": HOSTILE, "split": HOSTILE, "n": 1, "checksum": HOSTILE}]}
+    said |= {"artifacts": [{"kind": HOSTILE, "key": HOSTILE}], "key": HOSTILE}
+    said |= {"revision": {"commit": HOSTILE, "dirty": False}}
+    record = A_RECORD | {
+        "title": HOSTILE,
+        "rows": [row],
+        "notes": [HOSTILE],
+        "attacks": [run],
+        "provenance": said,
+    }
+    return record | {"figures": [{"name": "fig", "caption": HOSTILE}]}
+
+
+class Elements(HTMLParser):
+    "Tags with their attributes, and the text of a page."
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_hostile_record_is_text_in_the_report(tmp_path):
+    from afgstudy.study import report
+
+    record = hostile_record() | {"folder": tmp_path, "preset": '"><script>window.hurt = 4</script>'}
+    page = Elements(report.html_page([record, record | {"preset": "smoke"}]))
+    assert {tag for tag, _ in page.tags} & {"script", "img", "blink"} == set()
+    assert not [a for _, has in page.tags for a in has if a.startswith("on")]
+    for field in ("method", "attack", "dataset", "metric"):
+        assert f"{field} <script>window.hurt = 1</script> {{{{ 7 * 7 }}}}" in page.text
+
+
+def test_a_hostile_record_is_text_on_the_site(stage, project, tmp_path):
+    import results_page
+
+    folder = tmp_path / "p" / "data" / "results" / "cpu" / "aalp" / "table2"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "fig.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (folder / "record.json").write_text(json.dumps(hostile_record()))
+    site = stage.Site(tmp_path / "p", tmp_path / "pages")
+    sources, runs = stage.experiments(site)
+    stage.write_experiments(site, sources, runs)
+    site.write("results.md", results_page.page([(r.experiment, r.preset, r.record, "x.html") for r in runs]))
+    site.write(
+        "index.md",
+        "# Pages\n\n" + stage.toctree("", ["experiments/aalp/table2-cpu", "results", "70_howto/00_numbers"]),
+    )
+    numbers = notebook_with(stage, ("markdown", "# Numbers"))
+    site.write("70_howto/00_numbers.ipynb", stage.nbformat.writes(numbers))
+    site.write("references.bib", b"")
+    shutil.copytree(project / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(project / "settings.ini", tmp_path / "settings.ini")
+    (tmp_path / "docs" / "references.bib").write_text("")
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", tmp_path / "docs"]
+    made = subprocess.run([*command, tmp_path / "pages", tmp_path / "html"], capture_output=True, text=True)
+    assert made.returncode == 0 and "WARNING" not in made.stderr, made.stderr
+    for name in ("experiments/aalp/table2-cpu.html", "results.html"):
+        page = Elements((tmp_path / "html" / name).read_text())
+        assert not [
+            has for tag, has in page.tags if tag == "img" and not has["src"].endswith((".svg", "fig.svg"))
+        ]
+        assert not [a for _, has in page.tags for a in has if a in ("onerror", "onload")], name
+        assert "<script>window" not in (tmp_path / "html" / name).read_text(), name
+        assert "<script>window.hurt = 1</script>" in page.text and "{{ 7 * 7 }}" in page.text
+        assert "javascript:" not in {str(has.get("href"))[:11] for tag, has in page.tags if tag == "a"}
+
+
+def test_what_is_no_record_is_refused_by_name(stage, tmp_path):
+    folder = tmp_path / "data" / "results" / "cpu" / "aalp" / "table2"
+    site = stage.Site(tmp_path, tmp_path / "pages")
+    (folder / "record.json").mkdir(parents=True)
+    with pytest.raises(stage.SiteError, match=r"table2/record\.json should be a record, and is a folder"):
+        stage.results(site)
+    (folder / "record.json").rmdir()
+    for change, named in (
+        ({"figures": [{"name": "../../out"}]}, r"figures\[0\]\.name"),
+        ({"preset": "../cpu"}, "preset"),
+        ({"format": 2}, "format 2"),
+        ({"experiment": "aalp/../table2"}, "experiment"),
+        ({"preset": "paper"}, "holds the record of aalp/table2 with preset paper"),
+    ):
+        (folder / "record.json").write_text(json.dumps(A_RECORD | change))
+        with pytest.raises(stage.SiteError, match=named):
+            stage.results(site)
+    (folder / "record.json").write_text("{")
+    with pytest.raises(stage.SiteError, match="not JSON"):
+        stage.results(site)
+
+
 def test_committed_run_without_a_notebook_gets_a_page(stage, tmp_path):
     folder = tmp_path / "data" / "results" / "cpu" / "aalp" / "table2"
     (folder / "figures").mkdir(parents=True)
@@ -297,27 +500,19 @@ def test_committed_run_without_a_notebook_gets_a_page(stage, tmp_path):
     row = dict(
         dataset="mnist", method="RAW", attack="PGD-40", metric="accuracy", published=0.64, measured=None
     )
-    rows = [
-        row | dict(low=None, high=None, n=None),
-        row | dict(attack="clean", measured=98.9, low=98.7, high=99.1, n=10_000),
-    ]
-    record = {
-        "experiment": "aalp/table2",
-        "title": "Table 2",
-        "preset": "cpu",
-        "rows": rows,
-        "notes": ["A note."],
-    }
-    record |= {"figures": [{"name": "fig", "caption": "Seen"}], "provenance": {"seconds": 1800, "seeds": [0]}}
+    row |= dict(low=None, high=None, n=None, unit="%")
+    rows = [row, row | dict(attack="clean", measured=98.9, low=98.7, high=99.1, n=10_000)]
+    record = A_RECORD | {"title": "Table 2", "rows": rows, "notes": ["A note."]}
+    record |= {"figures": [{"name": "fig", "caption": "Seen"}]}
     (folder / "record.json").write_text(json.dumps(record))
     site = stage.Site(tmp_path, tmp_path / "pages")
     made = stage.write_experiments(site, *stage.experiments(site))
     assert made == {"aalp": ["experiments/aalp/table2-cpu.md"]}
     assert stage.short_title(site, made["aalp"][0]) == "Table 2 (cpu)"
     page = (site.to / "experiments" / "aalp" / "table2-cpu.md").read_text()
-    assert "| mnist | RAW | PGD-40 | accuracy | 0.64 | – | – | – |" in page
-    assert "| mnist | RAW | clean | accuracy | 0.64 | 98.90 | 98.70 to 99.10 | 10,000 |" in page
-    assert "30 minutes" in page and "A note." in page
+    assert "| RAW | PGD-40 | 0.64 | – | – | – |" in page
+    assert "| RAW | clean | 0.64 | 98.90 [98.70, 99.10] | +98.26 | 10,000 |" in page
+    assert "30 min" in page and "A note." in page and "mnist: accuracy, % (L-infinity, eps 8/255)" in page
     links = re.findall(r"\]\(([^)]+)\)|\{download\}`[^`<]+<([^>]+)>`", page)
     assert len(links) == 3  # the record, and the figure to see and to keep
     for target in (a or b for a, b in links):

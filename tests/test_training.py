@@ -1,5 +1,6 @@
 """Training: objectives by finite differences, counted passes, resume after SIGKILL, determinism, refusals."""
 
+import dataclasses
 import math
 import signal
 import subprocess
@@ -15,10 +16,10 @@ from afgstudy.attacks.gradient import FGSM, PGD
 from afgstudy.data import load
 from afgstudy.device import generator_for
 from afgstudy.models import count_passes, create
-from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, kl_to, state_digest
+from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, kl_to, learning_rate, state_digest
 
 ATTACK = PGD(eps=0.2, step_size=0.05, steps=4)
-OBJECTIVES = [Standard(), Madry(), Madry(clean_weight=1), ALP(), TRADES()]
+OBJECTIVES = [Standard(), Madry(), Madry(clean_weight=1), ALP(), ALP(over_classes="sum"), TRADES()]
 
 
 def lenet(seed=0):
@@ -36,7 +37,7 @@ def batch(digits):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
-def test_gradient_of_the_loss_agrees_with_finite_differences(objective, batch):
+def test_gradient_of_the_loss_agrees_with_finite_differences(objective, batch, monkeypatch):
     torch.manual_seed(0)
     x, y = batch[0][:, :, ::4, ::4].double(), batch[1]
     model = nn.Sequential(nn.Flatten(), nn.Linear(49, 12), nn.Tanh(), nn.Linear(12, 10)).double()
@@ -52,10 +53,11 @@ def test_gradient_of_the_loss_agrees_with_finite_differences(objective, batch):
     def loss():
         return objective(model, x, y, Fixed(), generator_for(0, "noise")).total
 
-    # the library computes losses in float32 at least; here everything is float64 but for the `.float()` of the logits
+    # a finite difference needs float64, also where the library takes `.float()` of the logits
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     weight = model[3].weight
     (gradient,) = torch.autograd.grad(loss(), weight)
-    h = 1e-3
+    h = 1e-5
     for i, j in ((0, 0), (3, 5), (9, 11)):
         with torch.no_grad():
             weight[i, j] += h
@@ -63,7 +65,7 @@ def test_gradient_of_the_loss_agrees_with_finite_differences(objective, batch):
             weight[i, j] -= 2 * h
             low = loss().item()
             weight[i, j] += h
-        assert math.isclose((high - low) / (2 * h), gradient[i, j].item(), rel_tol=2e-2, abs_tol=2e-4)
+        assert math.isclose((high - low) / (2 * h), gradient[i, j].item(), rel_tol=1e-5, abs_tol=1e-8)
 
 
 def test_trades_divergence_is_torchs_own(batch):
@@ -113,6 +115,52 @@ def test_same_seed_same_weights_and_the_global_random_state_is_left_alone(object
     assert state_digest(model) not in digests
 
 
+@pytest.mark.parametrize("epochs, warmup", [(12, 0.2), (5, 0.5), (3, 0.0)])
+def test_one_cycle_rises_to_its_peak_and_falls_to_nothing(epochs, warmup):
+    recipe = Recipe(epochs=epochs, lr=3e-3, schedule="one_cycle", warmup=warmup)
+    rates = [learning_rate(recipe, epochs * i / 1000) for i in range(1001)]
+    peak = round(1000 * warmup)
+    assert rates[peak] == pytest.approx(3e-3) and max(rates) == pytest.approx(3e-3) and rates[-1] == 0
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    steps = [b - a for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False)]
+    assert max(steps) == pytest.approx(min(steps))  # in a straight line
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded(PGD):
+    "PGD that writes down the radius and the step it was called with."
+
+    def __call__(self, model, x, y, generator=None, mode="eval"):
+        CALLS.append((self.eps, self.step_size))
+        return super().__call__(model, x, y, generator, mode)
+
+
+CALLS = []
+
+
+def test_the_inner_attack_grows_to_its_radius_and_validation_meets_it_whole(digits):
+    CALLS.clear()
+    recipe = Recipe(epochs=3, batch_size=64, ramp_epochs=2)  # 320 images: five steps an epoch
+    valid = load("digits", "validation", n=20)
+    attack = Recorded(eps=0.2, step_size=0.05, steps=2)
+    fit(lenet(), digits, Madry(), attack, recipe, valid)
+    share = [min(i / 10, 1.0) for i in range(15)]
+    per_epoch = [CALLS[e * 6 : e * 6 + 6] for e in range(3)]
+    trained_with = [call for calls in per_epoch for call in calls[:5]]
+    assert [eps for eps, _ in trained_with] == pytest.approx([0.2 * s for s in share])
+    assert [step for _, step in trained_with] == pytest.approx([0.05 * s for s in share])
+    assert [calls[5] for calls in per_epoch] == [(0.2, 0.05)] * 3
+
+
+def test_validation_decides_nothing_unless_the_best_epoch_is_asked_for(digits):
+    recipe = Recipe(epochs=2, batch_size=64, schedule="one_cycle", ramp_epochs=1)
+    digests = set()
+    for valid in (None, load("digits", "validation", n=20)):
+        fit(model := lenet(), digits, Madry(), ATTACK, recipe, valid)
+        digests.add(state_digest(model))
+    assert len(digests) == 1
+
+
 PROGRAM = textwrap.dedent(
     """
     import sys, torch
@@ -123,7 +171,8 @@ PROGRAM = textwrap.dedent(
     from afgstudy.training import ALP, Recipe, fit, state_digest
 
     model = create("resnet9", classes=10, channels=1, size=28, width=4, seed=0)  # has batch normalisation
-    recipe = Recipe(epochs=4, batch_size=64, optimiser="sgd", lr=0.02, schedule="cosine", augment="crop_flip")
+    recipe = Recipe(epochs=4, batch_size=64, optimiser="sgd", lr=0.02, schedule="one_cycle", ramp_epochs=2.5,
+                    augment="crop_flip")
     data, valid = load("digits", "train", n=256), load("digits", "validation", n=64)
     fit(model, data, ALP(), PGD(eps=0.1, step_size=0.05, steps=3), recipe, valid, checkpoint=sys.argv[1],
         after_epoch=lambda epoch, _: print("epoch", epoch, flush=True))
@@ -193,6 +242,13 @@ def test_mixed_precision_and_channels_last_learn_too(precision, channels_last, d
         (lambda d: fit(lenet(), d, keep="best"), "validation set"),
         (lambda d: Recipe(schedule="cosin"), "schedule must be one of"),
         (lambda d: Recipe(epochs=0), "epochs must be > 0"),
+        (lambda d: Recipe(warmup=1.0), "warmup is a share"),
+        (lambda d: Recipe(ramp_epochs=-1), "ramp_epochs must be >= 0"),
+        (
+            lambda d: fit(lenet(), d, Madry(), lambda *a, **k: a[1], Recipe(ramp_epochs=1)),
+            "ramp_epochs needs an attack",
+        ),
+        (lambda d: ALP(over_classes="max"), "over_classes must be"),
         (lambda d: ALP(weight=-0.5), "weight weighs a loss"),
         (lambda d: TRADES(beta=float("nan")), "beta weighs a loss"),
     ],

@@ -891,7 +891,7 @@ def test_the_defence_on_real_networks(real_data, real_weights):
 
 
 def experiments() -> list[str]:
-    from afgstudy.study.runner import select
+    from afgstudy.study.parameters import select
 
     return list(select(["two_stream/*"]))
 
@@ -899,7 +899,7 @@ def experiments() -> list[str]:
 @pytest.mark.parametrize("name", experiments())
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "paper"])
 def test_every_experiment_has_presets_that_fit_it(name, preset):
-    from afgstudy.study.runner import full_parameters
+    from afgstudy.study.parameters import full_parameters
 
     values = full_parameters(name, preset)
     assert preset == "smoke" or "shapes" not in str(values.get("datasets", values.get("dataset")))

@@ -10,7 +10,7 @@ from .consistency import Pairs, pair_up, pairs_from, plot_pairs
 from .contributions import Concentration, concentration, contributions, feature_contribution
 from .dropout import GuidedDropout, contribution, guided, keep_mask
 from .maps import activation_maps, map_area
-from .objective import AALP, AdaptiveALP, adaptive_logit_distance, choose, methods
+from .objective import AALP, AdaptiveALP, choose, methods
 
 # %% ../../nbs/20_aalp/index.ipynb #c03
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "GuidedDropout",
     "Pairs",
     "activation_maps",
-    "adaptive_logit_distance",
     "choose",
     "concentration",
     "contribution",

@@ -11,12 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dropout import check_labels
-from .objective import true_confidence
 from ..data import Dataset
 from ..device import generator_for
 from ..passes import in_mode
-from ..training import logit_distance
+from ..training import check_labels, logit_distance, true_confidence
 
 # %% ../../nbs/20_aalp/03_consistency.ipynb #c05
 class Pairs(NamedTuple):

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dropout import check_labels, contribution_at
+from .dropout import contribution_at
 from ..data import Dataset
 from ..device import generator_for
 from ..models import penultimate
 from ..passes import in_mode
+from ..training import check_labels
 
 # %% ../../nbs/20_aalp/02_contributions.ipynb #c05
 def feature_contribution(

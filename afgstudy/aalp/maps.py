@@ -11,8 +11,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .dropout import check_labels
 from ..attacks.base import frozen
+from ..training import check_labels
 
 with warnings.catch_warnings():  # its progress bar misses widgets and says so wherever it is imported
     warnings.filterwarnings("ignore", message="IProgress not found")

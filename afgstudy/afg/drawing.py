@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'colour_mix', 'spectrum_weights', 'pictures_of', 'Visualis
 # %% ../../nbs/50_afg/02_drawing.ipynb #c02
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -67,16 +67,21 @@ class Visualiser:
     turn: int = 10  # largest rotation, whole degrees
     redirect: int = 16  # first steps in which a dead ReLU passes gradient on
     seed: int = 0  # of the start and of the transformations
+    shown: int = 0  # pixels a side of what the network sees; 0: as large as the picture is drawn in that step
     batch_size: int = 0  # pictures at a time, 0: 32 on a CPU, 512 on a GPU; decides speed, not results
 
     def __post_init__(self):
-        if self.size < 8 or self.steps < 1 or self.batch_size < 0:
-            raise ValueError(f"size >= 8, steps >= 1 and batch_size >= 0 are needed, got {self}")
+        if self.size < 8 or self.steps < 1 or min(self.batch_size, self.shown) < 0:
+            raise ValueError(f"size >= 8, steps >= 1, batch_size and shown >= 0 are needed, got {self}")
         if (
             min(self.pad, self.jitter, self.settle, self.scale, self.turn, self.redirect) < 0
             or self.scale >= 1
         ):
             raise ValueError(f"transformations are given by sizes >= 0 (scale < 1), got {self}")
+
+    def pictures_at_once(self, gpu: bool) -> int:
+        "How many pictures are drawn in one batch."
+        return self.batch_size or (512 if gpu else 32)
 
     @staticmethod
     def small(size: int, **settings) -> "Visualiser":
@@ -88,11 +93,14 @@ class Visualiser:
 def looks(
     settings: Visualiser,
 ) -> list[tuple[float, float, float, float, float, float]]:
-    "For each step: scale, turn in radians, first shift (2), second shift (2), from the seed alone."
-    g = generator_for(settings.seed, "looks")
+    """For each step: scale, turn in radians, first shift (2), second shift (2), from the seed alone.
+
+    The looks of fewer steps are the first looks of more.
+    """
+    generators = (generator_for(settings.seed, "looks", k) for k in range(6))
 
     def draw(n: int) -> list[int]:
-        return torch.randint(n, (settings.steps,), generator=g).tolist()
+        return torch.randint(n, (settings.steps,), generator=next(generators)).tolist()
 
     levels = round(settings.scale / 0.02)
     turns = [*range(-settings.turn, settings.turn + 1), *[0] * (5 if settings.turn else 0)]
@@ -107,11 +115,12 @@ def seen(
     x: Tensor,  # [B, C, S, S] in [0, 1]
     look: tuple[float, float, float, float, float, float],  # one of `looks`
     settings: Visualiser,
-) -> Tensor:  # [B, C, M, M]; M changes with the scale
+) -> Tensor:  # [B, C, M, M]; M changes with the scale unless `shown` fixes it
     "What the network is shown in one step."
     scale, turn, down, right, below, beside = look
-    side = max(8, round((x.shape[-1] + 2 * settings.pad - settings.jitter) * scale) - settings.settle)
-    axis = torch.arange(side, device=x.device, dtype=x.dtype) - (side - 1) / 2
+    field = max(8, round((x.shape[-1] + 2 * settings.pad - settings.jitter) * scale) - settings.settle)
+    side = settings.shown or field
+    axis = (torch.arange(side, device=x.device, dtype=x.dtype) - (side - 1) / 2) * (field / side)
     v, u = axis[:, None] + below, axis[None, :] + beside
     cos, sin = math.cos(turn) / scale, math.sin(turn) / scale
     grid = torch.stack([cos * u + sin * v + right, cos * v - sin * u + down], -1) * (2 / x.shape[-1])
@@ -132,8 +141,7 @@ class _Redirected(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         usual = torch.ops.aten.threshold_backward(gradient, x, 0)
-        rest = tuple(range(1, x.ndim))
-        blocked = torch.linalg.vector_norm(usual, math.inf, rest, keepdim=True) == 0
+        blocked = ~(usual != 0).flatten(1).any(1).view(-1, *[1] * (x.ndim - 1))
         if not blocked.any():  # the rule: nearly every step costs one look at the gradient, no more
             return usual
         upwards = torch.where((x < 0) & (gradient > 0), 0.0, gradient)  # a positive gradient would lower x
@@ -159,19 +167,23 @@ def climb(
     where: Tensor | None,  # [N, H, W] weights of the positions, mean 1; None: all alike
     settings: Visualiser,
     channels: int = 3,
-) -> Tensor:  # [N, channels, size, size] in (0, 1)
+    at: Sequence[int] = (),  # numbers of steps after which a picture is kept; empty: after the last
+) -> Tensor:  # [N, len(at), channels, size, size] in (0, 1); without `at` [N, channels, size, size]
     "One picture for every direction, in one batch."
     read, size = features(model, layer, stop=True), settings.size
     start = torch.randn(1, channels, size, size // 2 + 1, 2, generator=generator_for(settings.seed, "start"))
     z = (settings.start * start).to(directions).repeat(len(directions), 1, 1, 1, 1).requires_grad_()
     adam = torch.optim.Adam([z], settings.lr, fused=True)
+    kept = []
     for step, look in enumerate(looks(settings)):
         shown = seen(pictures_of(z, size), look, settings).contiguous(memory_format=torch.channels_last)
         with redirected_relu() if step < settings.redirect else nullcontext(), large_enough(size, layer):
             maps = read(shown)[1][layer]
         z.grad = torch.autograd.grad(-_pull(maps, directions, where), z)[0]
         adam.step()
-    return pictures_of(z.detach(), size)
+        if step + 1 in at:
+            kept.append(pictures_of(z.detach(), size))
+    return torch.stack(kept, 1) if at else pictures_of(z.detach(), size)
 
 
 @contextmanager
@@ -202,8 +214,13 @@ def visualise(
     settings: Visualiser = Visualiser(),
     where: Mapping[str, Tensor] | None = None,  # layer -> [B, r, H, W]: the variant with U V; None: V alone
     progress: bool = False,  # a bar over the pictures
-) -> dict[str, Tensor]:  # layer -> [B, r, 3, size, size] in (0, 1)
+    at: Sequence[int] = (),  # numbers of steps after which pictures are kept; empty: after the last
+) -> dict[str, Tensor]:  # layer -> [B, r, 3, size, size] in (0, 1); with `at` [B, r, len(at), 3, size, size]
     "A picture of every group (AFG eq. 6): the input that excites it most. The same for the same seed."
+    if any(not 1 <= step <= settings.steps for step in at) or list(at) != sorted(set(at)):
+        raise ValueError(
+            f"pictures are kept after steps from 1 to {settings.steps}, in order, got {list(at)}"
+        )
     channels = next((m.shape[1] for n, m in model.named_buffers() if n.endswith("normalise.mean")), 3)
     bar = tqdm(
         total=sum(len(v) * v.shape[1] for v in directions.values()), disable=not progress, unit="picture"
@@ -215,14 +232,14 @@ def visualise(
             if where is not None:
                 spots = where[layer].flatten(0, 1)
                 spots = spots / spots.mean((1, 2), keepdim=True).clamp_min(1e-12)
-            parts, at_once = [], settings.batch_size or (512 if v.is_cuda else 32)
+            parts, at_once = [], settings.pictures_at_once(v.is_cuda)
             for k in range(0, len(v) * v.shape[1], at_once):
                 part = slice(k, k + at_once)
                 rows = v.flatten(0, 1)[part]
-                parts.append(
-                    climb(model, layer, rows, None if spots is None else spots[part], settings, channels)
-                )
+                here = None if spots is None else spots[part]
+                parts.append(climb(model, layer, rows, here, settings, channels, at))
                 bar.update(len(rows))
-            pictures = torch.cat(parts) if parts else v.new_empty(0, channels, settings.size, settings.size)
+            shape = ([len(at)] if at else []) + [channels, settings.size, settings.size]
+            pictures = torch.cat(parts) if parts else v.new_empty(0, *shape)
             result[layer] = pictures.view(*v.shape[:2], *pictures.shape[1:])
     return result

@@ -61,9 +61,11 @@ class Genome:
     drawing: Visualiser = field(default_factory=Visualiser)  # of one group's picture
     colour: bool = False  # three channels a layer instead of its luminance
     located: bool = False  # eq. 6 with U V: positions weighted by where the group is active
+    at: Sequence[int] = ()  # numbers of steps whose pictures are kept, one after another; empty: the last
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "at", tuple(self.at))
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(f"a genome needs layers, each once, got {self.layers}")
         if math.isqrt(max(self.groups, 0)) ** 2 != self.groups or self.groups < 1:
@@ -73,13 +75,13 @@ class Genome:
     def shape(self) -> tuple[int, int, int]:
         "Channels, height and width of a genome."
         side = self.drawing.size * math.isqrt(self.groups)
-        return (len(self.layers) * (3 if self.colour else 1), side, side)
+        return (max(len(self.at), 1) * len(self.layers) * (3 if self.colour else 1), side, side)
 
     def pictures(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        "The group features of every image, layer -> `[B, r, 3, size, size]` in (0, 1)."
+        "The group features of every image, layer -> `[B, r, 3, size, size]` in (0, 1); as `visualise` with `at`."
         groups = group_features(model, x, self.layers, self.groups)
         where = {k: g.where for k, g in groups.items()} if self.located else None
-        return visualise(model, {k: g.channels for k, g in groups.items()}, self.drawing, where)
+        return visualise(model, {k: g.channels for k, g in groups.items()}, self.drawing, where, at=self.at)
 
     def __call__(
         self,
@@ -89,13 +91,15 @@ class Genome:
         "The genomes of images; an image's own does not depend on the batch (beyond the last bit)."
         if not len(x):
             return torch.empty(0, *self.shape, dtype=torch.uint8, device=x.device)
-        stitched = [stitch(p) for p in self.pictures(model, x).values()]
+        drawn = self.pictures(model, x).values()
+        moments = [p[:, :, t] for t in range(len(self.at)) for p in drawn] if self.at else drawn
+        stitched = [stitch(p) for p in moments]
         channels = stitched if self.colour else [luminance(s) for s in stitched]
         channels = [c.expand(-1, 3, -1, -1) if self.colour and c.shape[1] == 1 else c for c in channels]
         return torch.cat(channels, 1).mul(255).round().to(torch.uint8)
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c13
-FORMAT = 1  # version of the layout below
+FORMAT = 2  # version of the layout below
 MANIFEST = "manifest.json"
 
 
@@ -127,7 +131,7 @@ def describe_genomes(
     part_size: int = 64,
 ) -> dict:
     "The manifest of a set of genomes, as plain JSON."
-    settings = asdict(genome) | {"layers": list(genome.layers)}
+    settings = asdict(genome) | {"layers": list(genome.layers), "at": list(genome.at)}
     settings["drawing"].pop("batch_size")  # decides memory, not results
     title = model.config.get("name", "") if isinstance(model, Classifier) else type(model).__name__
     return {

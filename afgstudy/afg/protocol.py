@@ -30,6 +30,7 @@ from afgstudy.afg.recognition import (
     Reader,
     affine_fit,
     cheap_features,
+    chosen_decay,
     linear_probe,
     mixed_label,
     second_network,
@@ -124,8 +125,8 @@ def fit_head(model: nn.Module, data: Dataset, batch_size: int = 64) -> nn.Module
         in_batches(model, data.images(), batch_size=batch_size)
     finally:
         handle.remove()
-    with torch.enable_grad():
-        weight, bias = affine_fit(torch.cat(kept).cpu(), F.one_hot(data.y.cpu(), len(data.classes)))
+    known, wanted = torch.cat(kept).cpu(), F.one_hot(data.y.cpu(), len(data.classes))
+    weight, bias = affine_fit(known, wanted, chosen_decay(known, wanted))
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)

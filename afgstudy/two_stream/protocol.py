@@ -54,7 +54,7 @@ PHOTOGRAPHS = ("imagenet", "imagenet1000", "cars", "aircraft", *PARTS)
 def label_map(dataset: str) -> LabelMap:
     "The map a set is judged by: ImageNet's to CIFAR-10's categories, or the identity on `shapes`."
     if dataset == "shapes":
-        from afgstudy.shapes import CLASSES
+        from afgstudy.data.shapes import CLASSES
 
         return identity_map(CLASSES, "shapes")
     return read_map()
