@@ -52,7 +52,7 @@ from afgstudy.passes import correct
 from afgstudy.stats import paired
 from afgstudy.store import Store
 from afgstudy.study.experiment import look_up, published
-from afgstudy.study.runner import full_parameters
+from afgstudy.study.parameters import full_parameters
 from afgstudy.training import copy_state, state_digest
 
 EXPERIMENTS = ("unseen", "transfer", "ablation", "adaptive", "epsilon", "maps", "amplification")

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import afgstudy
 from afgstudy.keys import key_of
 from afgstudy.store import Store
-from afgstudy.study import records, runner
+from afgstudy.study import execute, parameters, planning, records
 from afgstudy.study.cli import main
 from afgstudy.study.experiment import COLUMNS, Experiment, published, scrub
 
@@ -44,7 +44,7 @@ CHECKOUT = Path(__file__).parents[1]
     ],
 )
 def test_a_value_that_fits_its_type(value, kind, expected):
-    fitted = runner.fit(value, ast.parse(kind, mode="eval").body)
+    fitted = parameters.fit(value, ast.parse(kind, mode="eval").body)
     assert fitted == expected and type(fitted) is type(expected)
 
 
@@ -65,7 +65,7 @@ def test_a_value_that_fits_its_type(value, kind, expected):
 )
 def test_a_value_that_does_not_fit_its_type(value, kind):
     with pytest.raises(TypeError):
-        runner.fit(value, ast.parse(kind, mode="eval").body)
+        parameters.fit(value, ast.parse(kind, mode="eval").body)
 
 
 def test_parameters_are_read_with_type_default_and_help(sandbox):
@@ -80,8 +80,8 @@ def test_parameters_are_read_with_type_default_and_help(sandbox):
         names: list[str] = ["a", "b"]
         """,
     )
-    found = runner.parameters_in(path)
-    assert found["steps"] == runner.Parameter("steps", "int", 10, "attack iterations")
+    found = parameters.parameters_in(path)
+    assert found["steps"] == parameters.Parameter("steps", "int", 10, "attack iterations")
     assert (
         found["eps"].default == 8 / 255
         and found["n"].default is None
@@ -122,25 +122,25 @@ def test_every_mistake_is_refused_before_anything_runs(sandbox):
 
 def test_text_that_yaml_does_not_read_as_a_number(sandbox):
     sandbox.write("toy", sandbox.LIGHT, parameters="eps: float = 0.3  # radius\nseed: int = 0  # s")
-    assert runner.full_parameters("toy", given={"eps": "8/255"})["eps"] == 8 / 255
-    assert runner.full_parameters("toy", given={"eps": "1e-3"})["eps"] == 1e-3
+    assert parameters.full_parameters("toy", given={"eps": "8/255"})["eps"] == 8 / 255
+    assert parameters.full_parameters("toy", given={"eps": "1e-3"})["eps"] == 1e-3
     sandbox.preset("cpu", "toy", "eps: 1e-3\n")
     assert "YAML reads 1e-3 as text, write 0.00100000" in sandbox("run toy --preset cpu", status=1)
 
 
 def test_every_experiment_of_the_checkout_and_its_presets_are_sound(monkeypatch):
     folder = CHECKOUT / "nbs" / "experiments"
-    found = runner.experiments(folder)
+    found = parameters.experiments(folder)
     assert found
     for name, path in found.items():
         cells = nbformat.read(path, 4).cells
         assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1, f"{name} lost its tag"
         assert all(not c.get("outputs") for c in cells), f"{name} is committed with outputs"
-        assert all(p.help for p in runner.parameters_in(path).values()), (
+        assert all(p.help for p in parameters.parameters_in(path).values()), (
             f"{name} has a parameter without a comment"
         )
-        for preset in runner.presets_of(name, folder):
-            runner.full_parameters(name, preset, folder=folder)
+        for preset in parameters.presets_of(name, folder):
+            parameters.full_parameters(name, preset, folder=folder)
 
 
 # --- keys ---
@@ -154,7 +154,7 @@ def test_a_key_follows_what_is_imported_and_nothing_else(sandbox, tmp_path, monk
     path = sandbox.write("toy", name, inside, "PGD")
 
     def key() -> str:
-        return key_of(runner.ingredients(path, {"seed": 0}))
+        return key_of(planning.ingredients(path, {"seed": 0}))
 
     def edit(module: str, text: str) -> None:
         file = package / f"{module}.py"
@@ -181,7 +181,7 @@ def test_a_key_follows_code_parameters_data_and_weights_but_not_prose(sandbox, t
     content = {"digits": "v1"}
 
     def key(**given) -> str:
-        return runner.plan(["toy"], given=given, fingerprint=content.__getitem__)[0].key
+        return planning.plan(["toy"], given=given, fingerprint=content.__getitem__)[0].key
 
     keys = [key(), key(seed=1)]
     content["digits"] = "v2"
@@ -226,7 +226,7 @@ def test_a_finished_run_is_found_and_force_repeats_it(sandbox):
     nb = nbformat.read(path, 4)
     nb.cells[-1].source += "\n1 + 1"
     nbformat.write(nb, path)
-    state = runner.state_of(runner.plan(["toy"], given={"seed": 7})[0])
+    state = planning.state_of(planning.plan(["toy"], given={"seed": 7})[0])
     assert (state.name, state.why) == ("stale", "the notebook's code changed")
 
 
@@ -235,9 +235,11 @@ def test_a_dry_run_runs_nothing(sandbox):
     said = sandbox("run --all --dry-run")
     assert "would run" in said and "unknown length" in said
     assert sandbox.executed() == 0 and not sandbox.runs.exists()
-    job = runner.plan(["toy"])[0]
+    job = planning.plan(["toy"])[0]
     other = job.folder.with_name("0" * 12)
     other.mkdir(parents=True)
+    (other / "record.json").touch()
+    (other / "notebook.ipynb").touch()
     (other / "run.json").write_text(
         json.dumps({"finished": "2026-01-01", "seconds": 600.0, "parameters": {}})
     )
@@ -255,7 +257,7 @@ def test_two_at_a_time_give_the_same_records(sandbox):
         sandbox.write(name, sandbox.LIGHT, drawn, parameters=f"seed: int = {ord(name[0])}  # of everything")
     records = {}
     for jobs in (1, 2):
-        outcomes = runner.execute(runner.plan(force=True), workers=jobs)
+        outcomes = execute.execute_all(planning.plan(force=True), workers=jobs)
         assert [o.state for o in outcomes] == ["done", "done"]
         records[jobs] = [(o.job.folder / "record.json").read_bytes() for o in outcomes]
     assert records[1] == records[2] and records[1][0] != records[1][1]

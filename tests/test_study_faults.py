@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from afgstudy.store import MANIFEST, TENSORS, DiskFull, Store
-from afgstudy.study import runner
+from afgstudy.study import execute, planning
 
 pytest_plugins = ["study_sandbox"]
 CHECKOUT = Path(__file__).parents[1]
@@ -92,19 +92,19 @@ def test_a_failed_repetition_keeps_the_earlier_result_until_one_succeeds(sandbox
     sandbox("run toy")
     Path("fail").touch()
     assert "AssertionError: as asked" in sandbox("run toy --force", status=1)
-    job = runner.plan(["toy"])[0]
+    job = planning.plan(["toy"])[0]
     assert (job.folder / "record.json").exists() and (job.folder / "failed.ipynb").exists()
-    assert runner.state_of(job).name == "failed"
+    assert planning.state_of(job).name == "failed"
     Path("fail").unlink()
     sandbox("run toy")
-    assert not (job.folder / "error.txt").exists() and runner.state_of(job).name == "done"
+    assert not (job.folder / "error.txt").exists() and planning.state_of(job).name == "done"
 
 
 def test_a_notebook_without_a_record_has_failed_and_so_has_a_slow_one(sandbox):
     sandbox.write("a/silent", "seed")
     sandbox.write("b/slow", WAITS)
-    jobs = runner.plan(["a/silent"]) + runner.plan(["b/slow"], timeout=until_started())
-    outcomes = runner.execute(jobs)
+    jobs = planning.plan(["a/silent"]) + planning.plan(["b/slow"], timeout=until_started())
+    outcomes = execute.execute_all(jobs)
     assert [o.state for o in outcomes] == ["failed", "failed"]
     assert "left no record" in outcomes[0].message and "timed out after" in outcomes[1].message
     if Path("kernel").exists():
@@ -122,7 +122,7 @@ def test_a_missing_dataset_fails_its_run_and_no_other(sandbox):
     def missing(name: str) -> str:
         raise FileNotFoundError(f"dataset {name!r} is not in data/sets: afgstudy data get {name}")
 
-    [outcome] = runner.execute(runner.plan(fingerprint=missing))
+    [outcome] = execute.execute_all(planning.plan(fingerprint=missing))
     assert outcome.state == "failed" and "afgstudy data get nothing" in outcome.message
     assert sandbox.executed() == 0
 
@@ -154,8 +154,8 @@ def test_kill_9_of_the_runner_takes_its_kernels_along_and_a_new_one_goes_on(sand
     process.kill()
     process.wait()
     until(lambda: not alive(kernel), 10)
-    job = runner.plan(["toy"])[0]
-    assert job.part.exists() and runner.state_of(job).name == "never"  # half-written does not count
+    job = planning.plan(["toy"])[0]
+    assert job.parts and planning.state_of(job).name == "never"  # half-written does not count
     Path("go").touch()
     sandbox("run toy")
     assert sandbox.executed() == 1 and leftovers(sandbox.runs) == []
@@ -163,9 +163,9 @@ def test_kill_9_of_the_runner_takes_its_kernels_along_and_a_new_one_goes_on(sand
 
 def test_a_worker_that_is_killed_is_a_failed_run(sandbox):
     sandbox.write("toy", WAITS)
-    [job] = runner.plan(["toy"])
+    [job] = planning.plan(["toy"])
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(runner.run, job)
+        future = pool.submit(execute.run, job)
         kernel = int(until(lambda: Path("kernel").exists() and Path("kernel").read_text()))
         worker = int(Path(f"/proc/{kernel}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(worker, signal.SIGKILL)
@@ -176,9 +176,9 @@ def test_a_worker_that_is_killed_is_a_failed_run(sandbox):
 
 def test_two_runners_of_the_same_run_do_it_once(sandbox):
     sandbox.write("toy", sandbox.LIGHT)
-    [job] = runner.plan(["toy"])
+    [job] = planning.plan(["toy"])
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:  # any executor does
-        outcomes = runner.execute([job, job], executor=pool)
+        outcomes = execute.execute_all([job, job], executor=pool)
     assert sorted(o.state for o in outcomes) == ["done", "present"] and sandbox.executed() == 1
 
 

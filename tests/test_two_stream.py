@@ -49,6 +49,7 @@ from afgstudy.two_stream.protocol import (
     WITH_RADIUS,
     Column,
     allowed_for,
+    at_share,
     category_images,
     column_for,
     cross_fitted,
@@ -58,6 +59,7 @@ from afgstudy.two_stream.protocol import (
     shuffle_tiles,
     study_attacks,
     summed,
+    thresholds_at,
     under_attacks,
     verdict_rates,
 )
@@ -701,13 +703,13 @@ def test_every_row_of_the_study_runs_and_adds_up(pair):
     b = Column(data, pair, data.take(slice(0, 3)), None)
     attacks = study_attacks(b, EPS, 2, adaptive_steps=2, passes=1, **quick)
     at_another = study_attacks(b, EPS, 2, adaptive_steps=2, passes=1, other_eps=[EPS / 2], **quick)
-    assert len(attacks) == 16 and list(at_another) == [*attacks, *(f"{k}, 4/255" for k in WITH_RADIUS)]
+    assert len(attacks) == 18 and list(at_another) == [*attacks, *(f"{k}, 4/255" for k in WITH_RADIUS)]
     assert at_another["I: I-FGSM, 4/255"].attack.eps == EPS / 2 == at_another["adaptive, 4/255"].eps
     assert list(table_attacks(EPS)) == [k for k in attacks if k[0] == "I" and k != "I: Universal"]
     attacks |= {"II: FGSM, 4/255": at_another["II: FGSM, 4/255"]}
     seen = under_attacks(b, attacks, n_slow=4)
     sizes = {k: len(seen[k].y) for k in ("clean", "II: FGSM", "II: Carlini", "II: FGSM, 4/255")}
-    assert len(seen) == 18 and list(sizes.values()) == [8, 8, 4, 4]
+    assert len(seen) == 20 and list(sizes.values()) == [8, 8, 4, 4]
     part = on_part(seen["clean"], 4)
     assert torch.equal(part.y, seen["II: Carlini"].y) and torch.equal(part.y, data.subset(4).y)
     assert torch.equal(part.evidence.high_p, evidence_under(None, pair, data.subset(4)).high_p)
@@ -813,6 +815,46 @@ def test_the_columns_of_cars_and_aircraft_from_their_files(tmp_path, monkeypatch
         assert len(s.y) == 4 and sum(verdict_rates(s)[k].value for k in ("reject", "right", "wrong")) == 1
 
 
+@pytest.mark.parametrize(("name", "right"), [("cars_part", 2), ("aircraft_part", 1)])
+def test_parts_are_read_from_their_folders(tmp_path, monkeypatch, name, right):
+    from PIL import Image
+
+    for i in range(20):
+        folder = tmp_path / name / f"model {i % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 60), (10 * i, 40, 90)).save(folder / f"{i}.png")
+    monkeypatch.setenv("AFGSTUDY_DATA", str(tmp_path))
+    test, rest = (category_images(name, size=64, split=split) for split in ("test", "train"))
+    assert len(test) > len(rest) > 0 and test.name == name
+    assert allowed_for(test).sum(1).tolist() == [right] * len(test)
+    assert not any((x == r).all() for x in test.x for r in rest.x), "fitted on what is judged"
+
+
+def test_thresholds_are_chosen_on_the_other_half(pair):
+    data = Dataset("made up", "test", images(12), torch.arange(12) % 3, CATEGORIES)
+    b = Column(data, pair, data, None)
+    clean = under_attacks(b, {})["clean"]
+    for share in (0.0, 0.1, 0.5):
+        p1, p2 = thresholds_at(clean, share)
+        rejected = decide(clean.evidence, p1, p2).flagged.float().mean()
+        assert rejected <= share + 1e-6 or (p1, p2) == (0, 0)
+    weak = at_share(b, AdaptiveAttack(eps=EPS, steps=1, targets=1), 0.1)
+    assert len(weak.thresholds) == 2 and (pair.p1, pair.p2) == (b.defence.p1, b.defence.p2)
+    for said in (weak.clean, weak.attacked):
+        assert torch.equal(said.right.int() + said.wrong.int() + said.rejected.int(), torch.ones(12).int())
+    with pytest.raises(ValueError, match="two images"):
+        at_share(Column(data.take(slice(0, 1)), pair, data, None), AdaptiveAttack(), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["noise", "blur"])
+def test_harmless_changes_have_the_norm_that_was_asked_for(pair, kind):
+    x = 0.4 + 0.2 * images(3)
+    change = (Harmless(kind, l2=0.3)(pair, x, torch.zeros(3).long()) - x).flatten(1).norm(dim=1)
+    assert torch.allclose(change, torch.full((3,), 0.3), atol=1e-3)
+    with pytest.raises(ValueError, match="l2 must be positive"):
+        Harmless(kind, l2=0.0)
+
+
 @pytest.mark.real
 def test_real_images_in_categories(real_data):
     data = category_images("imagenet1000", 6, size=64)
@@ -849,7 +891,7 @@ def test_the_defence_on_real_networks(real_data, real_weights):
 
 
 def experiments() -> list[str]:
-    from afgstudy.study.runner import select
+    from afgstudy.study.parameters import select
 
     return list(select(["two_stream/*"]))
 
@@ -857,7 +899,7 @@ def experiments() -> list[str]:
 @pytest.mark.parametrize("name", experiments())
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "paper"])
 def test_every_experiment_has_presets_that_fit_it(name, preset):
-    from afgstudy.study.runner import full_parameters
+    from afgstudy.study.parameters import full_parameters
 
     values = full_parameters(name, preset)
     assert preset == "smoke" or "shapes" not in str(values.get("datasets", values.get("dataset")))

@@ -181,16 +181,29 @@ class Harmless(Attack):
         None  # standard deviation; of the blur in pixels; JPEG quality. None: 8/255, 1, 75
     )
 
+    l2: float | None = None  # L2 norm to which the change of each image is scaled; None: as it comes
+
     def __post_init__(self):
+        if self.l2 is not None and not self.l2 > 0:
+            raise ValueError(f"l2 must be positive, got {self.l2!r}")
         if self.kind not in ("noise", "blur", "jpeg"):
             raise ValueError(f"kind must be noise, blur or jpeg, got {self.kind!r}")
 
     @property
     def name(self) -> str:
-        return self.kind
+        return self.kind if self.l2 is None else f"{self.kind}, equal norm"
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, noise: ImageNoise) -> Tensor:
-        "The changed images."
+        "The changed images, in [0, 1]; clipping may take from the norm."
+        changed = self.changed(x, noise)
+        if self.l2 is None:
+            return changed
+        change = changed - x
+        length = change.flatten(1).norm(dim=1).clamp(min=1e-12)
+        return (x + change * (self.l2 / length)[:, None, None, None]).clamp(0, 1)
+
+    def changed(self, x: Tensor, noise: ImageNoise) -> Tensor:
+        "Noise, blur or JPEG at the strength of the settings."
         strength = self.strength or {"noise": 8 / 255, "blur": 1.0, "jpeg": 75}[self.kind]
         if self.kind == "noise":
             return (x + strength * noise.normal(0, x.shape[1:], x.dtype)).clamp(0, 1)
@@ -213,6 +226,7 @@ def table_attacks(
     generations: int = 100,
     cw_steps: int = 100,  # of Carlini and Wagner's attack, in each round
     cw_rounds: int = 5,
+    cw_kappa: float = 0.0,  # above 0: a further row of Carlini's attack, with that margin between the logits
     universal: Attack | None = None,  # fitted to the high-resolution network
 ) -> dict[str, Attack]:
     "The rows of the paper's tables 1 and 2, in order."
@@ -231,6 +245,8 @@ def table_attacks(
         "I-FGSM": iterated,
         "One-pixel": pixel,
         "Three-pixel": replace(pixel, pixels=3),
+        "Carlini": carlini,
     }
+    two |= {"Carlini, margin": replace(carlini, confidence=cw_kappa)} if cw_kappa > 0 else {}
     rows = {f"I: {name}": TypeOne(attack) for name, attack in one.items()}
-    return rows | {f"II: {name}": TypeTwo(attack) for name, attack in (two | {"Carlini": carlini}).items()}
+    return rows | {f"II: {name}": TypeTwo(attack) for name, attack in two.items()}
