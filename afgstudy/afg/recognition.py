@@ -187,10 +187,10 @@ def logistic(
 ]:  # classes [K], weight [K, D], bias [K]; of two classes, K is 1
     "scikit-learn's logistic regression, in the space that the samples span where that is smaller."
     turn = None
-    if z.shape[1] > len(z):  # a weight outside the span of the samples would only be decayed: QR is exact
+    if z.shape[1] > 2 * len(z):  # a weight outside the span of the samples would only be decayed: QR is exact
         turn, lower = np.linalg.qr(z.T)
         z = lower.T
-    model = LogisticRegression(C=1 / (2 * decay * len(z)), max_iter=5000, tol=1e-5).fit(z, labels)
+    model = LogisticRegression(C=1 / (2 * decay * len(z)), max_iter=5000, tol=1e-6).fit(z, labels)
     return model.classes_, model.coef_ if turn is None else model.coef_ @ turn.T, model.intercept_
 
 
