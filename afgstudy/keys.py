@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWING', 'COMPUTING', 'PACKAGES', 'project_root', 'runs_root', 'experiments_root', 'StudyError', 'nearest',
-           'tensor_digest', 'state_digest', 'canonical', 'key_of', 'fsync_folder', 'write_whole', 'file_checksum',
+           'tensor_digest', 'state_digest', 'canonical', 'key_of', 'fsync', 'write_whole', 'file_checksum',
            'python_source', 'essence', 'computes', 'package_folder', 'imported_modules', 'source_checksums', 'parts_of',
            'code_of', 'library_versions', 'asset_checksums', 'published_checksums', 'device_kind', 'surroundings',
            'differences', 'code_revision', 'package_versions']
@@ -66,18 +66,23 @@ def nearest(
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names) or 'none'}"
 
 # %% ../nbs/00_core/00_keys.ipynb #c11
+def _bytes(value: object) -> object:  # a buffer of bytes
+    "The numbers of a tensor or an array, row by row."
+    if not hasattr(value, "detach"):
+        return value.tobytes()
+    import torch
+
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
 def tensor_digest(
     *tensors: object,  # torch tensors or numpy arrays, any shape
 ) -> str:  # 64 hexadecimal digits
     "The SHA-256 of the tensors' dtypes, shapes and bytes, in this order."
     digest = hashlib.sha256()
     for value in tensors:
-        array = value.detach().cpu().contiguous() if hasattr(value, "detach") else value
-        digest.update(f"{str(array.dtype).removeprefix('torch.')} {tuple(array.shape)}".encode())
-        if str(array.dtype) == "torch.bfloat16":  # numpy knows no bfloat16; its bits do as well
-            array = array.view(__import__("torch").int16)
-        array = array.numpy() if hasattr(array, "numpy") else array
-        digest.update(array.tobytes())
+        digest.update(f"torch.{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
     return digest.hexdigest()
 
 
@@ -86,8 +91,11 @@ def state_digest(
 ) -> str:
     "The SHA-256 of the names and tensors of a model's state."
     state = model.state_dict() if hasattr(model, "state_dict") else model
-    text = [f"{name} {tensor_digest(value)}" for name, value in sorted(state.items())]
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
 
 # %% ../nbs/00_core/00_keys.ipynb #c14
 def _callable_name(value: object, where: str) -> str:
@@ -159,9 +167,14 @@ def key_of(
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/00_core/00_keys.ipynb #c20
-def fsync_folder(folder: Path) -> None:
-    "Force a folder's entries to disk: without it a rename may be forgotten in a power cut."
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    "Force a file, or a folder's entries, to disk: without it a rename may be forgotten in a power cut."
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir() and os.name == "nt":  # Windows opens no folders
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
@@ -181,7 +194,7 @@ def write_whole(
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -439,9 +452,12 @@ def published_checksums(
 
 # %% ../nbs/00_core/00_keys.ipynb #c44
 def device_kind() -> str:
-    "'cpu' or 'cuda': what everything runs on here. torch is asked only where AFGSTUDY_DEVICE does not say."
+    "'cpu' or 'cuda': what everything runs on here. torch is asked only where nothing else says it."
     if name := os.environ.get("AFGSTUDY_DEVICE"):
         return name.partition(":")[0]
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    if sys.platform == "linux" and not any(map(os.path.exists, drivers)):
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,10 +27,11 @@ from afgstudy.keys import (
     canonical,
     code_revision,
     file_checksum,
+    fsync,
     key_of,
     package_versions,
     runs_root,
-    source_checksums,
+    surroundings,
 )
 
 if TYPE_CHECKING:
@@ -89,15 +90,6 @@ def _read(folder: Path) -> Artifact | None:
             return None
         raise CorruptArtifact(f"{type(e).__name__}: {e}") from e
 
-
-def _fsync(path: Path) -> None:
-    "Force a file or a folder's entries to disk."
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
 # %% ../nbs/00_core/01_store.ipynb #c08
 def _apart(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     "The tensors on the CPU, contiguous, none sharing memory with another (safetensors refuses those)."
@@ -125,9 +117,9 @@ def _write(folder: Path, tensors: "dict[str, Tensor]", manifest: dict) -> None:
         facts = {"sha256": file_checksum(part / TENSORS), "bytes": (part / TENSORS).stat().st_size}
         (part / MANIFEST).write_text(json.dumps(manifest | facts, indent=1, allow_nan=False))
         for path in (part / TENSORS, part / MANIFEST, part):
-            _fsync(path)
+            fsync(path)
         os.replace(part, folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -172,18 +164,18 @@ class Store:
     ):
         self.root = Path(root) if root else runs_root() / "store"
 
-    def key(self, kind: str, spec: dict, code: Sequence[str] = ()) -> str:
-        "SHA-256 over an artifact's kind, its description and the source of the modules in `code`."
+    def key(self, kind: str, spec: dict, code: Sequence[object] = ()) -> str:
+        "SHA-256 over an artifact's kind, its description, and the `surroundings` of `code`."
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", kind):
             raise ValueError(f"kind must be a plain lower-case word, got {kind!r}")
-        return key_of([kind, spec, source_checksums([f"import {m}" for m in code])])
+        return key_of([kind, spec, surroundings(*code)])
 
     def get(
         self,
         kind: str,  # "model", "attacked", ...: a plain word
         spec: dict,  # all that decides the result: settings, checksums, seeds
         build: Build,  # scratch folder -> tensors, or (tensors, extra)
-        code: Sequence[str] = (),  # modules whose source decides it too
+        code: Sequence[object] = (),  # names of modules, functions, objects: what it runs through
     ) -> Artifact:
         "The artifact that `spec` describes: loaded if it is there and sound, built otherwise."
         key = self.key(kind, spec, code)

@@ -5,29 +5,29 @@
 # %% auto #0
 __all__ = ['CHOICES', 'Loss', 'Objective', 'require_attack', 'check_weight', 'Standard', 'both_logits', 'Madry', 'check_labels',
            'logit_distance', 'true_confidence', 'adaptive_logit_distance', 'ALP', 'kl_to', 'TRADES', 'Recipe',
-           'learning_rate', 'ramped', 'make_optimiser', 'take_step', 'check_loss', 'run_epoch', 'state_digest',
-           'describe', 'training_spec', 'write_checkpoint', 'read_checkpoint', 'Fit', 'copy_state', 'is_best',
-           'validate', 'check_task', 'Course', 'fit', 'digits_example']
+           'learning_rate', 'ramped', 'make_optimiser', 'take_step', 'check_loss', 'run_epoch', 'training_spec',
+           'write_checkpoint', 'read_checkpoint', 'Fit', 'copy_state', 'is_best', 'validate', 'check_task', 'Course',
+           'fit']
 
 # %% ../nbs/00_core/09_training.ipynb #c02
-import hashlib
 import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Dataset, crop_flip, load
-from .device import default_device, generator_for, is_accelerator, own_random, seed_for
-from .models import create
+from .data import Dataset, crop_flip
+from .device import generator_for, is_accelerator, own_random, seed_for
+from .keys import canonical, state_digest
 from .passes import correct, in_mode
 
 # %% ../nbs/00_core/09_training.ipynb #c05
@@ -325,28 +325,6 @@ def run_epoch(
     return means
 
 # %% ../nbs/00_core/09_training.ipynb #c25
-def state_digest(model: nn.Module) -> str:
-    "SHA-256 over the names, shapes and bytes of a model's state."
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def describe(settings: object) -> object:
-    "A dataclass as a JSON-able dictionary with its class name, and so on inwards; anything else as its `repr`."
-    if settings is None or isinstance(settings, (str, int, float)):
-        return settings
-    if isinstance(settings, (list, tuple)):
-        return [describe(s) for s in settings]
-    if is_dataclass(settings):
-        return {"class": type(settings).__name__} | {
-            f.name: describe(getattr(settings, f.name)) for f in fields(settings)
-        }
-    return repr(settings)
-
-
 def training_spec(
     model: nn.Module, data: Dataset, objective: Objective, attack, recipe: Recipe, validation
 ) -> dict:
@@ -355,9 +333,9 @@ def training_spec(
         "initial": state_digest(model),
         "data": data.checksum,
         "validation": validation.checksum if validation is not None else None,
-        "objective": describe(objective),
-        "attack": describe(attack),
-        "recipe": describe(recipe),
+        "objective": canonical(objective, "objective"),
+        "attack": canonical(attack, "attack"),
+        "recipe": canonical(recipe, "recipe"),
     }
 
 # %% ../nbs/00_core/09_training.ipynb #32eace73
@@ -373,10 +351,16 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 
 def read_checkpoint(path: Path, spec: dict) -> dict | None:
-    "The state in `path`, or None if there is none; raises where it belongs to another training."
+    "The state in `path`; None if there is none or it is torn; raises where it belongs to another training."
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as e:  # torn; a read error is an OSError and stays one
+        aside = path.with_name(path.name + ".damaged")
+        os.replace(path, aside)
+        warnings.warn(f"the checkpoint {path.name} is damaged and now called {aside.name}: {e}", stacklevel=2)
+        return None
     if state["spec"] != (wanted := json.dumps(spec, sort_keys=True)):
         theirs, ours = json.loads(state["spec"]), json.loads(wanted)
         different = [k for k in ours if theirs.get(k) != ours[k]]
@@ -483,7 +467,7 @@ def fit(
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model.to(data.x.device, memory_format=layout)
     check_task(model, data, objective, attack, recipe)
-    spec = training_spec(model, data, objective, attack, recipe, validation)
+    spec = training_spec(model, data, objective, attack, recipe, validation) if checkpoint else {}
     course = Course(model, make_optimiser(model, recipe), spec, Path(checkpoint) if checkpoint else None)
     step_model = torch.compile(model) if recipe.compile else model
     course.resume()
@@ -501,17 +485,3 @@ def fit(
         model.load_state_dict(course.best_state)
     model.eval()
     return Fit(course.history, course.best_epoch, course.best_state)
-
-# %% ../nbs/00_core/09_training.ipynb #c29
-def digits_example(
-    objective: Objective = Standard(),
-    attack=None,  # the inner attack of an adversarial objective
-    epochs: int = 12,
-    seed: int = 0,
-) -> tuple[nn.Module, Dataset]:  # the trained network in eval mode, the test digits
-    "A LeNet-5 trained on the embedded handwritten digits (28 x 28), and the test split."
-    device = default_device()
-    model = create("lenet5", classes=10, channels=1, size=28, seed=seed)
-    recipe = Recipe(epochs=epochs, batch_size=64, seed=seed)
-    fit(model, load("digits", "train", device=device), objective, attack, recipe)
-    return model, load("digits", "test", device=device)

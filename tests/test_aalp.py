@@ -27,10 +27,11 @@ from afgstudy.aalp import (
 )
 from afgstudy.attacks import PGD
 from afgstudy.data import load
-from afgstudy.kept import code_of, trained
+from afgstudy.kept import trained
+from afgstudy.keys import code_of, state_digest
 from afgstudy.models import count_passes, create, penultimate
 from afgstudy.store import Store
-from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, adaptive_logit_distance, fit, state_digest
+from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, adaptive_logit_distance, fit
 
 INNER = PGD(eps=0.1, step_size=0.05, steps=2)
 
@@ -292,8 +293,8 @@ def test_weights_by_epoch_are_kept_in_every_memory_format(tmp_path):
 
 
 def test_the_key_of_a_training_covers_the_code_of_wrapped_objectives():
-    assert {"afgstudy.aalp.dropout", "afgstudy.training"} <= set(code_of(AALP(), INNER))
-    assert "afgstudy.aalp.dropout" not in code_of(ALP(), INNER)
+    assert {"afgstudy.aalp.dropout", "afgstudy.training"} <= set(code_of(fit, AALP(), INNER))
+    assert "afgstudy.aalp.dropout" not in code_of(fit, ALP(), INNER)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured

@@ -47,13 +47,14 @@ from afgstudy.cafd.training import purifier_spec, stored_attack, stored_purifier
 from afgstudy.data import load
 from afgstudy.defence import Defence
 from afgstudy.device import generator_for
+from afgstudy.keys import state_digest
 from afgstudy.models import count_passes, create
 from afgstudy.passes import correct
 from afgstudy.stats import paired
 from afgstudy.store import Store
 from afgstudy.study.experiment import look_up, published
 from afgstudy.study.parameters import full_parameters
-from afgstudy.training import copy_state, state_digest
+from afgstudy.training import copy_state
 
 EXPERIMENTS = ("unseen", "transfer", "ablation", "adaptive", "epsilon", "maps", "amplification")
 QUICK = PurifierRecipe(epochs=2, batch_size=20, milestones=(1,), discriminator_width=1 / 8)

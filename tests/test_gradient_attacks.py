@@ -13,8 +13,8 @@ from torch import nn
 
 from afgstudy.attacks.base import ImageNoise, margin
 from afgstudy.attacks.gradient import BIM, FGSM, MIFGSM, PGD, norms
+from afgstudy.examples import digits_example
 from afgstudy.models import count_passes
-from afgstudy.training import digits_example
 
 CLASSES = [FGSM, BIM, MIFGSM, PGD]
 ULP = 2.0**-23

@@ -73,3 +73,15 @@ def test_versions_and_assets_are_ingredients_that_can_be_compared():
     other = here | {"versions": here["versions"] | {"torch": "1.0"}}
     assert differences(here, other) == ["versions torch"]
     assert surroundings("afgstudy.two_stream.labels")["assets"]
+
+
+def test_a_lazy_package_leads_keys_to_the_modules_that_define_its_names():
+    "`afgstudy.data` imports at first use; the key must not take all of it for a `Dataset`."
+    from afgstudy import data
+    from afgstudy.keys import imported_modules
+
+    for name in data.__all__:
+        home = data._HOME[name]
+        reached = imported_modules([f"from afgstudy.data import {name}"])
+        assert f"afgstudy.data.{home}" in reached and "afgstudy.data" not in reached, name
+    assert "afgstudy.data.sources" not in imported_modules(["from afgstudy.training import fit"])

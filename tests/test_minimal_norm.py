@@ -11,8 +11,8 @@ from afgstudy.attacks.carlini import CarliniWagner, to_image, to_w
 from afgstudy.attacks.deepfool import DeepFool
 from afgstudy.attacks.gradient import norms
 from afgstudy.attacks.universal import FittedUniversal, UniversalPerturbation, project_perturbation
+from afgstudy.examples import digits_example
 from afgstudy.models import count_passes
-from afgstudy.training import digits_example
 
 QUICK = CarliniWagner(steps=40, search_steps=4, step_size=0.05, initial_c=0.1)
 MINIMAL = [DeepFool(), DeepFool("linf"), QUICK]

@@ -15,8 +15,9 @@ from torch import nn
 from afgstudy.attacks.gradient import FGSM, PGD
 from afgstudy.data import load
 from afgstudy.device import generator_for
+from afgstudy.keys import state_digest
 from afgstudy.models import count_passes, create
-from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, kl_to, learning_rate, state_digest
+from afgstudy.training import ALP, TRADES, Madry, Recipe, Standard, fit, kl_to, learning_rate
 
 ATTACK = PGD(eps=0.2, step_size=0.05, steps=4)
 OBJECTIVES = [Standard(), Madry(), Madry(clean_weight=1), ALP(), ALP(over_classes="sum"), TRADES()]
@@ -168,7 +169,8 @@ PROGRAM = textwrap.dedent(
     from afgstudy.attacks.gradient import PGD
     from afgstudy.data import load
     from afgstudy.models import create
-    from afgstudy.training import ALP, Recipe, fit, state_digest
+    from afgstudy.keys import state_digest
+    from afgstudy.training import ALP, Recipe, fit
 
     model = create("resnet9", classes=10, channels=1, size=28, width=4, seed=0)  # has batch normalisation
     recipe = Recipe(epochs=4, batch_size=64, optimiser="sgd", lr=0.02, schedule="one_cycle", ramp_epochs=2.5,

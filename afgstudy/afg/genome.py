@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'stitch', 'luminance', 'Genome', 'OtherGenomes', 'DamagedGenomes', 'UnfinishedGenomes',
-           'tensor_checksum', 'describe_genomes', 'check_same', 'part_path', 'write_part', 'part_length', 'GenomeSet',
-           'build_genomes']
+           'describe_genomes', 'check_same', 'part_path', 'write_part', 'part_length', 'GenomeSet', 'build_genomes']
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c02
-import hashlib
 import json
 import math
 import os
@@ -26,8 +24,8 @@ from tqdm import tqdm
 
 from .drawing import Visualiser, visualise
 from .groups import group_features
+from ..keys import state_digest, tensor_digest
 from ..models import Classifier
-from ..training import state_digest
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c05
 def stitch(
@@ -115,14 +113,6 @@ class UnfinishedGenomes(RuntimeError):
     "A genome that has not been made yet."
 
 
-def tensor_checksum(x: Tensor) -> str:
-    "SHA-256 of a tensor's type, shape and content."
-    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
-    for part in x.detach().split(256):
-        digest.update(part.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def describe_genomes(
     genome: Genome,
     model: nn.Module,
@@ -136,7 +126,7 @@ def describe_genomes(
     title = model.config.get("name", "") if isinstance(model, Classifier) else type(model).__name__
     return {
         "format": FORMAT, "model": title, "weights": state_digest(model), "genome": settings,
-        "images": source or tensor_checksum(images), "count": len(images), "shape": list(genome.shape),
+        "images": source or tensor_digest(images), "count": len(images), "shape": list(genome.shape),
         "part_size": part_size,
     }  # fmt: skip
 

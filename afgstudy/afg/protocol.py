@@ -43,11 +43,12 @@ from ..attacks.base import Attack
 from ..attacks.evaluate import attacked
 from ..data import Dataset, load, stratified
 from ..device import default_device
+from ..keys import canonical, state_digest
 from ..models import Classifier, about_weights, create, features, head, penultimate
 from ..networks import named
 from ..passes import correct, in_batches
 from ..stats import Estimate, proportion
-from ..training import Recipe, copy_state, describe, fit, state_digest
+from ..training import Recipe, copy_state, fit
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c05
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def first_network(
         "initial": state_digest(model),
         "data": train.checksum,
     }
-    spec |= {"recipe": describe(recipe)} if not p.weights else {}
+    spec |= {"recipe": canonical(recipe)} if not p.weights else {}
     artifact = get("model", spec, build, ("afgstudy.training", "afgstudy.networks"))
     model.load_state_dict(artifact.tensors)
     return model.to(memory_format=torch.channels_last).eval(), artifact  # a quarter faster on a CPU
@@ -279,7 +280,7 @@ class Material:
             spec = {
                 "model": state_digest(self.model),
                 "data": self.sources.checksum,
-                "attack": describe(attack),
+                "attack": canonical(attack),
             }
             code = ("afgstudy.attacks.gradient", "afgstudy.attacks.deepfool")
             found = self.get(
@@ -414,7 +415,7 @@ class Second:
             done = train_second(net, x, target, self.recipe, iou if watch else None, every)
             return copy_state(done.score), {"history": done.history}
 
-        spec = {"initial": state_digest(net), "x": x, "target": target, "recipe": describe(self.recipe)}
+        spec = {"initial": state_digest(net), "x": x, "target": target, "recipe": canonical(self.recipe)}
         spec |= {"watch": list(watch)} if watch else {}
         found = get("second", spec, build, ("afgstudy.afg.recognition",))
         reader = Reader(net).to(default_device())

@@ -10,7 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what leads to the defining modules, for editors and for keys
-    from afgstudy.data.loading import load
+    from afgstudy.data.dataset import CropFlip, Dataset, crop_flip, stratified, subset_indices, whole_groups  # noqa: F401
+    from afgstudy.data.files import DamagedDataset, DownloadError, MissingDataset, data_root, file_digest  # noqa: F401
+    from afgstudy.data.inventory import Report, check, fingerprint, get, is_here, listing  # noqa: F401
+    from afgstudy.data.loading import IN_MEMORY, SPLITS, load  # noqa: F401
+    from afgstudy.data.photographs import square  # noqa: F401
+    from afgstudy.data.sources import SOURCES, Download, Source, source_of  # noqa: F401
+    from afgstudy.data.streaming import Stream, stream  # noqa: F401
 
 # %% ../../nbs/00_core/05_data/index.ipynb #c03
 _NAMES = {

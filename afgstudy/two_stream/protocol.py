@@ -27,9 +27,10 @@ from ..attacks.universal import FittedUniversal
 from ..data import Dataset, Stream, data_root, load, stream, subset_indices
 from ..defence import Outcome
 from ..device import generator_for
+from ..keys import canonical, state_digest
 from ..plots import colour
 from ..stats import Estimate, macro_average, proportion
-from ..training import Recipe, describe, state_digest
+from ..training import Recipe
 from .attacks import AdaptiveAttack, Harmless, ResizeOnly, SumOfTypes, table_attacks
 from afgstudy.two_stream.defence import (
     Evidence,
@@ -196,7 +197,7 @@ def evidence_under(
 
     if store is None:
         return Evidence(**build())
-    spec = {"data": data.checksum, "defence": description(defence), "attack": describe(attack), "seed": seed}
+    spec = {"data": data.checksum, "defence": description(defence), "attack": canonical(attack), "seed": seed}
     inner = getattr(attack, "attack", None)
     if isinstance(inner, FittedUniversal):
         spec["perturbation"] = digest_of(inner.perturbation)
@@ -222,7 +223,7 @@ def fitted_universal(
     spec = {
         "data": data.checksum,
         "high": state_digest(defence.high),
-        "attack": describe(attack),
+        "attack": canonical(attack),
         "batch": batch_size,
     }
     kept = store.get("universal", spec, build, code=["afgstudy.attacks"])
