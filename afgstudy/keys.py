@@ -199,29 +199,28 @@ def write_whole(
         part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core/00_keys.ipynb #c21
-@lru_cache(maxsize=4096)
-def _read_checksum(path: str, size: int, changed: int) -> str:
-    "The SHA-256 of a file; read once a process while size and time of change stay."
+def _read_checksum(path: Path) -> str:
+    "The SHA-256 of a file."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_checksum(
     path: Path | str,
-    cache: Path | None = None,  # JSON file that remembers checksums; None: only this process does
+    cache: Path | None = None,  # JSON file that remembers checksums; None: always read
 ) -> str:
     "SHA-256 of a file's content."
     path = Path(path).resolve()
-    stat = path.stat()
     if not cache:
-        return _read_checksum(str(path), stat.st_size, stat.st_mtime_ns)
+        return _read_checksum(path)
+    stat = path.stat()
     try:
         known = json.loads(cache.read_text())
     except (OSError, ValueError):  # no memory yet, or a broken one: a fresh one
         known = {}
     size, changed, checksum = known.get(str(path), (None, None, None))
     if (size, changed) != (stat.st_size, stat.st_mtime_ns):
-        checksum = _read_checksum(str(path), stat.st_size, stat.st_mtime_ns)
+        checksum = _read_checksum(path)
         write_whole(cache, json.dumps(known | {str(path): (stat.st_size, stat.st_mtime_ns, checksum)}))
     return checksum
 

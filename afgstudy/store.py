@@ -71,9 +71,10 @@ TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 
 def _read(folder: Path) -> Artifact | None:
     "The artifact in a folder; None if there is none; `CorruptArtifact` if it is damaged."
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not folder.is_dir():
+    if not folder.exists():
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -85,10 +86,16 @@ def _read(folder: Path) -> Artifact | None:
         # load_file maps the file into memory; a copy does not change when the file does
         tensors = {name: t.clone() for name, t in load_file(folder / TENSORS).items()}
         return Artifact(manifest["kind"], manifest["key"], folder, manifest, tensors)
-    except (OSError, ValueError, KeyError) as e:
-        if not folder.is_dir():  # removed by another process while it was read
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, SafetensorError) as e:
+        if not folder.exists():  # removed by another process while it was read
             return None
         raise CorruptArtifact(f"{type(e).__name__}: {e}") from e
+
+
+def _set_aside(folder: Path) -> Path:
+    "Move a damaged artifact out of the way, under a name that is free. Nothing is deleted."
+    taken = len(list(folder.parent.glob(f".{folder.name}.damaged-*")))
+    return folder.rename(folder.with_name(f".{folder.name}.damaged-{taken + 1}"))
 
 # %% ../nbs/00_core/01_store.ipynb #c08
 def _apart(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -183,14 +190,14 @@ class Store:
         return self._load(folder) or self._get_locked(folder, kind, key, spec, build)
 
     def _load(self, folder: Path, mend: bool = False) -> Artifact | None:
-        "Load; of a damaged artifact, say so and remove it if `mend` (the caller holds the lock)."
+        "Load; of a damaged artifact, say so and move it aside if `mend` (the caller holds the lock)."
         try:
             return _read(folder)
         except CorruptArtifact as e:
             if mend:
                 name = f"{folder.parent.name}/{folder.name[:12]}"
-                warnings.warn(f"artifact {name} is damaged and is built again: {e}", stacklevel=4)
-                shutil.rmtree(folder)
+                aside = _set_aside(folder)
+                warnings.warn(f"artifact {name} is damaged, moved to {aside.name} and built again: {e}", stacklevel=4)
             return None
 
     def _get_locked(self, folder: Path, kind: str, key: str, spec: dict, build: Build) -> Artifact:

@@ -246,11 +246,28 @@ def test_a_damaged_artifact_is_noticed_said_and_rebuilt(tmp_path, damage):
     store = Store(tmp_path)
     first = store.get("model", {"a": 1}, build)
     damage(first.path)
-    with pytest.warns(UserWarning, match="is damaged and is built again"):
+    with pytest.warns(UserWarning, match="is damaged, moved to .*damaged-1 and built again"):
         again = store.get("model", {"a": 1}, build)
+    assert (first.path.parent / f".{first.path.name}.damaged-1").is_dir()  # moved aside, not deleted
     assert len(built) == 2 and again.tensors["x"].equal(torch.arange(1000.0)) and again.key == first.key
     store.get("model", {"a": 1}, build)
     assert len(built) == 2 and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_read_error_is_an_error_and_no_damage(tmp_path, monkeypatch, number):
+    store, sound = Store(tmp_path), {"x": torch.arange(10.0)}
+    first = store.get("model", {"a": 1}, lambda scratch: sound)
+
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("afgstudy.store.file_checksum", fails)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            store.get("model", {"a": 1}, lambda scratch: pytest.fail("built again"))
+    again = store.get("model", {"a": 1}, lambda scratch: pytest.fail("built again"))
+    assert again.tensors["x"].equal(sound["x"]) and list(first.path.parent.glob(".*damaged*")) == []
 
 
 def test_killed_while_building_the_scratch_folder_survives(tmp_path):

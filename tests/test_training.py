@@ -162,6 +162,17 @@ def test_validation_decides_nothing_unless_the_best_epoch_is_asked_for(digits):
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("torn", [b"", b"no checkpoint", "half"], ids=["empty", "foreign", "half"])
+def test_a_torn_checkpoint_is_moved_aside_and_the_training_begins_again(tmp_path, torn):
+    path, recipe = tmp_path / "net.pt", Recipe(epochs=2, batch_size=64)
+    digits = load("digits", "train", n=128)
+    fit(whole := lenet(), digits, recipe=recipe, checkpoint=path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if torn == "half" else torn)
+    with pytest.warns(UserWarning, match="net.pt is damaged and now called net.pt.damaged"):
+        fit(again := lenet(), digits, recipe=recipe, checkpoint=path)
+    assert state_digest(again) == state_digest(whole) and (tmp_path / "net.pt.damaged").is_file()
+
+
 PROGRAM = textwrap.dedent(
     """
     import sys, torch
