@@ -31,6 +31,7 @@ from afgstudy.data.sources import (
     Source,
     damaged_files,
     folder_path,
+    names_of_imagenet1000,
     read_images,
     require,
     source_of,
@@ -146,6 +147,11 @@ def _check_pictures(photos: Photographs, split: str, images: int | None) -> list
     return [row, *(_row(f"{split} image", "opens", problem) for problem in problems[:5])]
 
 
+def _of_the_records(root: Path) -> int:
+    "How many photographs of imagenet1000 have the names of those that the records used."
+    return sum((root / "imagenet1000" / path).is_file() for path in names_of_imagenet1000())
+
+
 def _check_split(source: Source, split: str, root: Path, images: int | None) -> list[dict]:
     "The rows of one split."
     try:
@@ -156,6 +162,8 @@ def _check_split(source: Source, split: str, root: Path, images: int | None) -> 
     rows = [_row(f"{split} images", expected or n, n, note=source.part_will_do)]
     classes = len(found.y.unique())
     rows.append(_row(f"{split} classes", source.classes or classes, classes, note=source.part_will_do))
+    if source.name == "imagenet1000":
+        rows.append(_row("photographs of the records, by name", 1000, _of_the_records(root), note=True))
     return rows + (_check_pictures(found, split, images) if isinstance(found, Photographs) else [])
 
 
@@ -192,9 +200,10 @@ def _wrong(path: Path, download: Download) -> str:
     size = path.stat().st_size
     if download.size is not None and size != download.size:
         return f"{size:,} bytes, expected {download.size:,}"
+    kind, name, published = ("sha256", "SHA-256", download.sha256) if download.sha256 else ("md5", "MD5", download.md5)
     with open(path, "rb") as file:
-        given = hashlib.file_digest(file, "md5").hexdigest()
-    return "" if given == download.md5 else f"{size:,} bytes with MD5 {given}, published {download.md5}"
+        given = hashlib.file_digest(file, kind).hexdigest()
+    return "" if given.startswith(published or "?") else f"{size:,} bytes with {name} {given}, published {published}"
 
 
 def set_aside(path: Path) -> None:

@@ -6,7 +6,8 @@
 __all__ = ['TEN_DIGITS', 'DIGITS_TEST', 'DIGITS', 'SHAPES', 'MNIST', 'RESEARCH', 'SVHN', 'CIFAR10', 'CARS_BY_HAND', 'CARS',
            'AIRCRAFT', 'IMAGENET_BY_HAND', 'IMAGENET', 'IMAGENETTE', 'IMAGENET1000_BY_HAND', 'IMAGENET1000',
            'SVHN_PART', 'CARS_PART', 'AIRCRAFT_PART', 'SOURCES', 'Request', 'Arrays', 'Photographs', 'Drawn',
-           'Download', 'Source', 'require', 'damaged_files', 'read_images', 'distinct', 'folder_path', 'source_of']
+           'Download', 'Source', 'require', 'damaged_files', 'read_images', 'distinct', 'names_of_imagenet1000',
+           'folder_path', 'source_of']
 
 # %% ../../nbs/00_core/05_data/04_sources.ipynb #c02
 import difflib
@@ -16,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import afgstudy
 from afgstudy.data.files import (
     DamagedDataset,
     MissingDataset,
@@ -107,9 +109,10 @@ class Download:
 
     urls: tuple[str, ...]  # mirrors, tried in this order
     file: str  # where it is put, under the data root
-    md5: str  # as published
+    md5: str = ""  # as published
     size: int | None = None  # bytes, where published
     unpacks: str = ""  # what it becomes: the file inside a .gz, the folder inside an archive
+    sha256: str = ""  # as published, or its beginning, in place of an MD5 sum
 
 
 @dataclass(frozen=True)
@@ -439,7 +442,14 @@ IMAGENETTE = Source(
 # %% ../../nbs/00_core/05_data/04_sources.ipynb #c39
 IMAGENET1000_BY_HAND = """\
 imagenet1000 is one photograph of each of the 1,000 classes of ILSVRC-2012, of your choice:
-  {root}/imagenet1000/WNID/*.JPEG         (1,000 folders such as n01440764, one image in each)"""
+  {root}/imagenet1000/WNID/*.JPEG         (1,000 folders such as n01440764, one image in each)
+The records of this study used those of https://github.com/EliSchwartz/imagenet-sample-images (there WNID_NAME.JPEG),
+shrunk to a short side of at most 300 pixels; afgstudy/data/imagenet1000.txt lists the 1,000 names."""
+
+
+def names_of_imagenet1000() -> tuple[str, ...]:
+    "The paths WNID/NAME.JPEG of the 1,000 photographs that the records of this study used, in order."
+    return tuple((Path(afgstudy.__file__).parent / "data" / "imagenet1000.txt").read_text().split())
 
 
 def _read_imagenet1000(request: Request) -> Photographs:
