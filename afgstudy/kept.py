@@ -218,7 +218,7 @@ def build_evaluation(attack: "AutoAttack", model: Model, data: Dataset, seed: in
 
     with warnings.catch_warnings(action="ignore", category=AutoAttackWarning):  # the flags say the same
         found = attack.evaluate(model, data.images(), data.y, generator_for(seed, "attack", attack.name))
-    return {"found": found.robust}, {"accuracy": found.accuracy, "flags": list(found.flags)}
+    return {"found": found.robust}, {"accuracy": list(found.accuracy.items()), "flags": list(found.flags)}
 
 
 def autoattacked(
@@ -233,4 +233,4 @@ def autoattacked(
     build = partial(build_evaluation, attack, trained.model, data, seed)
     kept = make_once("autoattacked", spec, build, (build_evaluation, attack), store)
     survived = kept.tensors["found"].to(data.device)
-    return AutoAttacked(survived, kept.extra["accuracy"], tuple(kept.extra["flags"]))
+    return AutoAttacked(survived, dict(kept.extra["accuracy"]), tuple(kept.extra["flags"]))
