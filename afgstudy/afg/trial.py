@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from .defence import threshold_at
 from .genome import Genome, GenomeSet, build_genomes, describe_genomes
-from .protocol import Get, Protocol, anew, first_network
+from .protocol import Protocol, first_network
 from .separation import equal_norm_noise
 from ..data import load
 from ..device import generator_for
 from ..keys import key_of, runs_root
 from ..passes import correct
 from ..stats import Estimate
+from ..store import NOWHERE, Store
 
 # %% ../../nbs/50_afg/07a_trial.ipynb #t05
 def in_turn(
@@ -55,7 +56,7 @@ class Trial:
     "The sources of a long experiment, in blocks."
 
     protocol: Protocol
-    get: Get = anew
+    store: Store = NOWHERE  # of the first network
     block: int = 20  # sources
     root: Path | None = None  # of genomes; None: `genomes/` in the folder of runs
     _images: dict = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Trial:
     def __post_init__(self):
         p = self.protocol
         self.root = Path(self.root or runs_root() / "genomes")
-        self.model, self.network = first_network(p, self.get)
+        self.model, self.network = first_network(p, self.store)
         self.pool = load(
             p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes"
         )
