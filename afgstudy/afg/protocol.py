@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'PROBES', 'Protocol', 'with_pooled_head', 'fit_head', 'first_network', 'Rows', 'joined', 'drawn', 'Material',
-           'clustered', 'Second', 'contest', 'mixed', 'no_reading', 'configuration', 'standing', 'costs']
+           'clustered', 'Second', 'contest', 'mixed', 'no_reading', 'configuration', 'by_sample', 'standing', 'costs']
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c02
 import math
@@ -38,7 +38,7 @@ from .separation import small_vgg
 from ..attacks import BIM, FGSM, DeepFool
 from ..attacks.base import Attack
 from ..data import Dataset, load, stratified
-from ..device import default_device
+from ..device import default_device, generator_for
 from ..kept import attacked, make_once
 from ..keys import canonical, state_digest
 from ..models import Classifier, about_weights, create, features, head, penultimate
@@ -354,6 +354,7 @@ class Second:
     second_batch: int = 32
     second_lr: float = 0.003
     second_optimiser: str = "adam"
+    second_schedule: str = "cosine"  # of its learning rate, as in `Recipe`
     seed: int = 0
 
     @staticmethod
@@ -366,7 +367,7 @@ class Second:
     def recipe(self) -> Recipe:
         return Recipe(
             epochs=self.second_epochs, batch_size=self.second_batch, lr=self.second_lr,
-            optimiser=self.second_optimiser, schedule="cosine", seed=self.seed,
+            optimiser=self.second_optimiser, schedule=self.second_schedule, seed=self.seed,
         )  # fmt: skip
 
     def fit(
@@ -430,6 +431,22 @@ def configuration(protocol: Protocol, second: Second) -> str:
     "First and second network, named as the paper does."
     names = {"vgg16": "VGG16", "googlenet": "GoogleNet"}
     return "+".join(names.get(n, n) for n in (protocol.network, second.second))
+
+# %% ../../nbs/50_afg/07_protocol.ipynb #bs2
+def by_sample(
+    parts: Mapping[str, Rows],  # "clean" and attacks -> all of their samples
+    trained_on: str,  # the attack that is studied with the clean samples
+    seed: int = 0,
+) -> tuple[Rows, dict[str, Rows]]:  # studied, and kind -> held back
+    "A random half of the clean samples and of one attack's to study; all others of every kind, held back."
+    studied, held = [], dict(parts)
+    for kind in ("clean", trained_on):
+        rows = parts[kind]
+        order = torch.randperm(len(rows.y), generator=generator_for(seed, "by sample", trained_on, kind))
+        half = len(order) // 2
+        studied.append(rows.pick(order[:half]))
+        held[kind] = rows.pick(order[half:])
+    return joined(studied), held
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #245334d2
 def standing(
