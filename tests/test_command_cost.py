@@ -11,7 +11,8 @@ from afgstudy.study import parameters, planning
 
 pytest_plugins = ["study_sandbox"]
 CELLS = ("from afgstudy.stats import proportion", "from afgstudy.training import fit")
-HEAVY = "torch numpy pandas scipy sklearn matplotlib seaborn foolbox captum statsmodels nbformat jsonschema papermill jinja2"
+HEAVY = """torch numpy pandas scipy sklearn matplotlib seaborn foolbox captum statsmodels
+nbformat jsonschema papermill jinja2"""
 
 
 @pytest.mark.parametrize("command", ["list", "status", "run --all --dry-run"])
@@ -20,7 +21,8 @@ def test_asking_imports_nothing_heavy(sandbox, command):
     sandbox("status")  # the checksum of the digits is known from here on
     asked = "import sys; from afgstudy.study.cli import main; main(sys.argv[1:], standalone_mode=False)"
     asked = f"try:\n    exec({asked!r})\nexcept SystemExit: pass\nprint(*sys.modules, sep=chr(10))"
-    said = subprocess.run([sys.executable, "-c", f"import sys\n{asked}", *command.split()], capture_output=True, text=True)
+    whole = [sys.executable, "-c", f"import sys\n{asked}", *command.split()]
+    said = subprocess.run(whole, capture_output=True, text=True)
     modules = set(said.stdout.splitlines())
     assert "afgstudy.study.planning" in modules, said.stderr
     assert not modules & set(HEAVY.split())
