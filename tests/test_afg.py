@@ -869,14 +869,17 @@ def test_what_is_made_once_is_found_by_a_table_of_fewer_layers(tmp_path):
 
     made = []
 
-    def get(kind, spec, build, code=()):
-        return Store(tmp_path).get(kind, spec, lambda scratch: made.append(kind) or build(scratch), code)
+    class Counting(Store):
+        def get(self, kind, spec, build, code=()):
+            return super().get(kind, spec, lambda scratch: made.append(kind) or build(scratch), code)
+
+    store = Counting(tmp_path)
 
     few = dict(size=32, n_first=200, first_epochs=2, n_sources=20, steps=1, picture=16, eps=0.03)
-    deep = Material(Protocol(layers=("relu5", "relu6"), **few), get)
+    deep = Material(Protocol(layers=("relu5", "relu6"), **few), store)
     both = deep.sample("clean", True)
     assert made.count("genomes") == 2
-    alone = Material(Protocol(layers=("relu6",), **few), get).sample("clean", True)
+    alone = Material(Protocol(layers=("relu6",), **few), store).sample("clean", True)
     assert made.count("genomes") == 2 and torch.equal(alone.genome[:, 0], both.genome[:, 1])
 
 
@@ -907,10 +910,13 @@ def test_second_networks_come_back_from_the_store(material, tmp_path):
     rows, calls = material.sample("clean", False), []
     target = mixed_label(rows.y, rows.answer, material.classes)
 
-    def get(kind, spec, build, code=()):
-        return Store(tmp_path).get(kind, spec, lambda scratch: calls.append(kind) or build(scratch), code)
+    class Counting(Store):
+        def get(self, kind, spec, build, code=()):
+            return super().get(kind, spec, lambda scratch: calls.append(kind) or build(scratch), code)
 
-    fits = [Second(second_epochs=2).fit(rows.genome, target, get)[0] for _ in range(2)]
+    store = Counting(tmp_path)
+
+    fits = [Second(second_epochs=2).fit(rows.genome, target, store)[0] for _ in range(2)]
     assert calls == ["second"] and torch.equal(fits[0](rows.genome), fits[1](rows.genome))
 
 

@@ -45,7 +45,7 @@ from afgstudy.two_stream.defence import (
     outcome_among,
 )
 from afgstudy.two_stream.labels import OTHER, LabelMap, checked_map
-from afgstudy.two_stream.networks import CapsuleMargin, grown, make_network, route, squash
+from afgstudy.two_stream.networks import CapsuleMargin, make_network, route, squash, trained_network
 from afgstudy.two_stream.protocol import (
     WITH_RADIUS,
     Column,
@@ -674,7 +674,7 @@ def test_the_capsule_network_learns(tmp_path):
     data = load("shapes", "train", n=40, size=32)
     from afgstudy.training import Recipe
 
-    model = grown("capsnet", data, Recipe(epochs=12, batch_size=20, lr=3e-3), width=8, capsules=2, depth=4)
+    model = trained_network("capsnet", data, Recipe(epochs=12, batch_size=20, lr=3e-3), width=8, capsules=2, depth=4)
     objective, fresh = CapsuleMargin(), make_network("capsnet", 10, 3, 32, width=8, capsules=2, depth=4)
     with torch.no_grad():
         after, before = (objective(m, data.images(), data.y).total for m in (model, fresh))
@@ -735,7 +735,7 @@ def test_cross_fitting_judges_every_image_by_a_network_that_has_not_seen_it(monk
         trained_on.append(data)
         return lambda x: x.flatten(1)[:, :10]
 
-    monkeypatch.setattr(module, "grown", spy)
+    monkeypatch.setattr(module, "trained_network", spy)
     logits = cross_fitted(lambda: None, shrunk, others, Recipe(epochs=1), folds=3)
     assert torch.equal(logits, shrunk.images().flatten(1)[:, :10])
     left_out = [i for d in trained_on for i in range(10) if not any(torch.equal(shrunk.x[i], x) for x in d.x)]

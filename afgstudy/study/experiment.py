@@ -32,6 +32,7 @@ from afgstudy.keys import (
     runs_root,
     write_whole,
 )
+from ..store import ASKED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -230,6 +231,7 @@ class Experiment:
         self.verdicts: list[str] = []
         self.datasets: list[dict] = []
         self.artifacts: list[dict] = []
+        self._asked = len(ASKED)  # what the process took from the store before this experiment
         self.started, self._start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
 
     def row(
@@ -313,7 +315,7 @@ class Experiment:
             "started": self.started,
             "seconds": round(time.monotonic() - self._start, 2),
             "datasets": self.datasets,
-            "artifacts": self.artifacts,
+            "artifacts": self.artifacts + [a for a in ASKED[self._asked :] if a not in self.artifacts],
         }
         head = {"experiment": self.name, "title": self.title, "preset": self.preset}
         body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "verdict": self.verdicts}
