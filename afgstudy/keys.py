@@ -406,8 +406,7 @@ class _Package:
 
     def leads_to(self, found: Iterable[tuple[str, str | None, str]]) -> set[str]:
         "The computing modules that imports lead to."
-        modules = {self.defining(module, name) for module, name, _ in found}
-        return {m for m in modules if m and computes(m)}
+        return {m for module, name, _ in found if (m := self.defining(module, name)) and computes(m)}
 
     def next_of(self, module: str) -> set[str]:
         "The computing modules that a module imports."
@@ -415,7 +414,7 @@ class _Package:
             self.reached[module] = self.leads_to(self.imports_of(module))
         return self.reached[module]
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c29b
 @lru_cache(maxsize=8)
 def _package(name: str, folder: str, files: tuple[tuple[str, int, int], ...]) -> _Package:
     "The package that these files make."
