@@ -64,26 +64,17 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
 
     NAMES are names or patterns ('aalp/*'); none: all.
     """
-    from afgstudy.study.parameters import parameters_in, presets_of, read_notebook, select, title_of
+    from afgstudy.study.parameters import parameters_in, read_notebook, select, title_of
+    from afgstudy.study.planning import states
 
+    found: dict[str, list[str]] = {}
+    for name, preset, state in states(names):
+        found.setdefault(name, []).append(f"{preset}: {state.name}")
     for name, path in select(names).items():
-        states = ", ".join(f"{p}: {_state(name, p).name}" for p in presets_of(name))
-        click.echo(f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}\n    {states}")
-        if verbose:
-            for p in parameters_in(path).values():
-                click.echo(
-                    f"    {p.name}: {p.annotation} = {p.default!r}" + (f"  # {p.help}" if p.help else "")
-                )
-
-
-def _state(name: str, preset: str):  # -> planning.State
-    "How the run of an experiment with a preset stands; a notebook or a preset that is wrong is a state, too."
-    from afgstudy.study.planning import State, plan, state_of
-
-    try:
-        return state_of(plan([name], preset)[0])
-    except StudyError as e:
-        return State("broken", why=str(e))
+        click.echo(f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}\n    {', '.join(found[name])}")
+        for p in parameters_in(path).values() if verbose else ():
+            remark = f"  # {p.help}" if p.help else ""
+            click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
 
 
 @main.command()
@@ -93,15 +84,12 @@ def status(names: tuple[str, ...]) -> None:
 
     A run is stale when something it depends on has changed since: the last column says what.
     """
-    from afgstudy.study.parameters import presets_of, select
-    from afgstudy.study.report import seconds_text
+    from afgstudy.study.planning import seconds_text, states
 
     lines = []
-    for name in select(names):
-        for preset in presets_of(name):
-            s = _state(name, preset)
-            took = seconds_text(s.seconds) if s.finished and s.seconds is not None else ""
-            lines.append((name, preset, s.name, _day(s.finished), took, s.why.partition("\n")[0]))
+    for name, preset, s in states(names):
+        took = seconds_text(s.seconds) if s.finished and s.seconds is not None else ""
+        lines.append((name, preset, s.name, _day(s.finished), took, s.why.partition("\n")[0]))
     _table(lines, ("experiment", "preset", "state", "finished (UTC)", "took", ""))
 
 # %% ../../nbs/60_study/06_cli.ipynb #c09
@@ -182,7 +170,7 @@ def run(
 
 def _say(outcome) -> None:
     "One line for a run that has ended, and where to look if it failed."
-    from afgstudy.study.report import seconds_text
+    from afgstudy.study.planning import seconds_text
 
     job = outcome.job
     colour = {"done": "green", "present": "green", "failed": "red"}.get(outcome.state)
@@ -204,8 +192,7 @@ def _summary(outcomes: list) -> None:
 
 def _dry_run(planned: list, jobs: int) -> int:
     "Say what would run and how long it may take; the exit status (1 where something cannot run)."
-    from afgstudy.study.planning import estimated_seconds, state_of
-    from afgstudy.study.report import seconds_text
+    from afgstudy.study.planning import estimated_seconds, seconds_text, state_of
 
     lines, seconds, unknown = [], [], 0
     for job in planned:
