@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['main', 'list_', 'status', 'run', 'report', 'publish', 'data', 'data_list', 'data_get', 'data_check', 'store',
-           'store_ls', 'store_rm']
+           'store_ls', 'store_rm', 'judge']
 
 # %% ../../nbs/60_study/06_cli.ipynb #c02
+import json
 import re
 import signal
 from collections.abc import Iterable
+from hashlib import sha256
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -373,6 +376,71 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return str(next((value[k] for k in ("type", "class", "name") if k in value), ""))
     return "" if value is None or re.fullmatch(r"[0-9a-f]{32,}", str(value)) else str(value)[:24]
+
+# %% ../../nbs/60_study/06_cli.ipynb #judge1
+def _in_full(factory: str) -> str:
+    "FILE.py:NAME with the file's absolute path, since a run has a folder of its own; MODULE:NAME as it is."
+    place, _, name = factory.rpartition(":")
+    return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else factory
+
+
+def _checksum(*factories: str) -> str:
+    "A SHA-256 of the files of these factories, '' where none is a file."
+    files = [p for f in factories if (p := Path(f.rpartition(":")[0])).is_file() and p.suffix == ".py"]
+    return sha256(b"".join(p.read_bytes() for p in files)).hexdigest() if files else ""
+
+
+def _yours(given: dict[str, Any], force: bool) -> int:
+    "Run `summary/yours` with these parameters and print what may be quoted; the exit status."
+    from afgstudy.judge.subject import DefenceError
+    from afgstudy.judge.words import made_by
+    from afgstudy.study.execute import Interrupted, execute_all
+    from afgstudy.study.planning import plan
+
+    try:
+        for factory in filter(None, (given["factory"], given["network"])):
+            made_by(factory)
+        (outcome,) = execute_all(plan(["summary/yours"], "yours", given, force=force), report=_say)
+    except DefenceError as e:
+        raise click.ClickException(str(e)) from None
+    except (Interrupted, KeyboardInterrupt):
+        return 130
+    if outcome.ok:
+        record = json.loads((outcome.job.folder / "record.json").read_text())
+        click.echo("\n".join([*record["verdict"], *record["notes"], str(outcome.job.folder)]))
+    return 0 if outcome.ok else 1
+
+# %% ../../nbs/60_study/06_cli.ipynb #judge3
+@main.command()
+@click.argument("factory")
+@click.option("--dataset", required=True, help="The set whose test images it is judged on.")
+@click.option("--eps", required=True, help="Radius, images in [0, 1]: 8/255, 0.1.")
+@click.option("--norm", default="linf", show_default=True, type=click.Choice(["linf", "l2"]))
+@click.option("--network", default="", help="FACTORY of the bare network, for oblivious attacks.")
+@click.option("--budget", default=10.0, show_default=True, type=click.FloatRange(0), help="Minutes; 0: least effort.")
+@click.option("-n", "--images", default=0, type=click.IntRange(0), help="Test images at most.  [default: all that fit]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Run even what is finished.")
+def judge(
+    factory: str,
+    dataset: str,
+    eps: str,
+    norm: str,
+    network: str,
+    budget: float,
+    images: int,
+    seed: int,
+    force: bool,
+) -> None:
+    """Put a defence of your own on trial.
+
+    FACTORY is FILE.py:NAME or MODULE:NAME, a function without arguments that returns a model (images in [0, 1]
+    to logits) or a defence (images to a Verdict).
+    """
+    given = dict(dataset=dataset, eps=eps, norm=norm, budget=budget, n_test=images, seed=seed)
+    given |= dict(factory=_in_full(factory), network=_in_full(network) if network else "")
+    given["code"] = _checksum(given["factory"], given["network"])
+    raise SystemExit(_yours(given, force))
 
 # %% ../../nbs/60_study/06_cli.ipynb #genome1
 class _LazyGroup(_Group):
