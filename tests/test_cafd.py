@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, mse_loss
 
+from afgstudy import kept
 from afgstudy.attacks import PGD
 from afgstudy.attacks.base import ImageNoise
 from afgstudy.attacks.evaluate import attacked, survives
@@ -43,7 +44,7 @@ from afgstudy.cafd.protocol import (
     survives_adaptive,
     target_recipe,
 )
-from afgstudy.cafd.training import purifier_spec, stored_attack, stored_purifier
+from afgstudy.cafd.training import fitted_purifier, purifier_spec
 from afgstudy.data import load
 from afgstudy.defence import Defence
 from afgstudy.device import generator_for
@@ -504,14 +505,14 @@ def test_the_description_tells_trainings_apart(digits, pairs):
 def test_the_store_keeps_purifiers_and_attacked_sets(digits, pairs, tmp_path):
     target, train, test = digits
     store = Store(tmp_path)
-    net, artifact = stored_purifier(store, target, train, pairs, PurifierLoss(), QUICK, 1 / 16)
-    again, same = stored_purifier(store, target, train, pairs, PurifierLoss(), QUICK, 1 / 16)
+    net, artifact = fitted_purifier(target, train, pairs, PurifierLoss(), QUICK, 1 / 16, store=store)
+    again, same = fitted_purifier(target, train, pairs, PurifierLoss(), QUICK, 1 / 16, store=store)
     assert artifact.key == same.key and state_digest(net) == state_digest(again) and not net.training
     attack = PGD(eps=0.1, step_size=0.05, steps=2)
     some = test.take(slice(0, 5))
     defence = CAFD(target, net)
     models = (target, defence.pipeline, defence.straight, CAFD(target, net, bits=8).pipeline)
-    keys = {stored_attack(store, attack, model, some).key for model in models}
+    keys = {kept.attacked(attack, model, some, store=store).artifact.key for model in models}
     assert len(keys) == 4, "what the attacker's gradients pass is part of the key"
 
 
@@ -658,15 +659,12 @@ def test_relative_change_is_that_of_the_activations(digits):
 
 
 def test_the_workshop_makes_things_once(digits, tmp_path):
-    from afgstudy.kept import trained
-
     train, test = load("digits", "train", n=120), digits[2]
     recipe = PurifierRecipe(epochs=1, batch_size=20, discriminator_width=1 / 8)
 
     def work():
-        shop = Workshop(
-            Store(tmp_path), trained, train, 40, 0.2, 0.1, 2, recipe, 1 / 16, target_recipe("small", 1)
-        )
+        theirs = target_recipe("small", 1)
+        shop = Workshop(train, 40, 0.2, 0.1, 2, recipe, 1 / 16, theirs, store=Store(tmp_path))
         target = shop.target("pooled_cnn:4")
         return shop, [shop.defence(target, m)(test.images()).label for m in ("none", "JPEG", "CAFD")]
 
@@ -695,7 +693,9 @@ def test_a_verdict_is_the_exact_test_s(only_a, only_b):
 
 def test_other_seeds_are_other_trainings(digits, pairs, tmp_path):
     target, train, _ = digits
-    shop = Workshop(Store(tmp_path), None, train, 60, 0.2, 0.05, 4, QUICK, 1 / 16, target_recipe("small", 1))
+    shop = Workshop(
+        train, 60, 0.2, 0.05, 4, QUICK, 1 / 16, target_recipe("small", 1), store=Store(tmp_path)
+    )
     first, same, other = (shop.denoiser(target, "MSE", pairs, seed=s) for s in (None, QUICK.seed, 1))
     assert state_digest(first) == state_digest(same) != state_digest(other)
 

@@ -7,7 +7,7 @@ __all__ = ['PURIFIER_COLOURS', 'split_target', 'target_recipe', 'Workshop', 'sur
            'answers_rightly', 'relative_change']
 
 # %% ../../nbs/40_cafd/07_protocol.ipynb #c02
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,11 +20,13 @@ from .attack import ClassActivationAttack
 from .baselines import FREE, method_named
 from .defence import CAFD, Purification
 from .networks import Denoiser
-from .training import PurifierRecipe, stored_attack, stored_purifier
+from .training import PurifierRecipe, fitted_purifier
 from ..data import Dataset
+from ..kept import attacked, trained
 from ..models import create, features
 from ..passes import in_batches, in_mode
 from ..stats import Paired
+from ..store import NOWHERE, Store
 from ..training import Madry, Recipe, Standard
 
 # %% ../../nbs/40_cafd/07_protocol.ipynb #c05
@@ -51,8 +53,6 @@ def target_recipe(kind: str, epochs: int, batch_size: int = 64, seed: int = 0) -
 class Workshop:
     "Makes targets, attacked sets and purifiers; each once."
 
-    store: object  # an `afgstudy.store.Store`
-    trained: Callable  # `afgstudy.kept.trained`
     train: Dataset  # all training images: of the targets
     n_train: int  # of these, the first n make the purifiers
     eps: float  # L-infinity radius of the training images
@@ -62,6 +62,7 @@ class Workshop:
     width: float  # of the denoisers
     target_recipe: Recipe
     momentum: float = 0.9  # of the denoisers' batch normalisation; 0.9 is the public code's
+    store: Store = NOWHERE
     used: list = field(default_factory=list)  # artifacts, for the record
 
     @property
@@ -81,17 +82,16 @@ class Workshop:
             return create(network, weights=weights, **options).to(self.train.device)
         inner = PGD(eps=self.eps, step_size=self.eps / 4, steps=7) if robust else None
         objective = Madry() if robust else Standard()
-        result = self.trained(
-            network, self.train, objective, inner, self.target_recipe, store=self.store, **options
-        )
+        how = dict(recipe=self.target_recipe, store=self.store)
+        result = trained(network, self.train, objective, inner, **how, **options)
         self.used.append(result.artifact)
         return result.model
 
     def attacked(self, attack: Attack, model: nn.Module, data: Dataset, seed: int = 0) -> Tensor:
         "Attacked images `[N, C, H, W]` of a whole set."
-        artifact = stored_attack(self.store, attack, model, data, seed)
-        self.used.append(artifact)
-        return artifact.tensors["x"].to(data.device)
+        made = attacked(attack, model, data, seed, store=self.store)
+        self.used.append(made.artifact)
+        return made.x
 
     def denoiser(
         self,
@@ -106,9 +106,8 @@ class Workshop:
         loss, recipe = method_named(method, own)
         images = self.attacked(self.cafa(), target, self.clean) if images is None else images
         momentum = self.momentum if momentum is None else momentum
-        denoiser, artifact = stored_purifier(
-            self.store, target, self.clean, images, loss, recipe, self.width, momentum
-        )
+        how = dict(width=self.width, momentum=momentum, store=self.store)
+        denoiser, artifact = fitted_purifier(target, self.clean, images, loss, recipe, **how)
         self.used.append(artifact)
         return denoiser
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'PurifierRecipe', 'Players', 'purifier_step', 'discriminator_step', 'run_purifier_epoch', 'purifier_spec',
-           'check_purifier_task', 'adam', 'make_players', 'with_rate', 'players_state', 'fit_purifier', 'stored_attack',
-           'stored_purifier']
+           'check_purifier_task', 'adam', 'make_players', 'with_rate', 'players_state', 'fit_purifier',
+           'build_purifier', 'fitted_purifier']
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c02
 import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attacks.base import Attack, frozen
-from ..attacks.evaluate import attacked
 from .features import ClassActivation
 from .losses import GAMES, LOSSES, PurifierLoss
 from .networks import Denoiser, Discriminator
 from ..data import Dataset
 from ..device import generator_for
+from ..kept import make_once
 from ..keys import canonical, state_digest, tensor_digest
+from ..store import NOWHERE, Artifact, Store
 from ..training import copy_state, read_checkpoint, write_checkpoint
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c05
@@ -239,45 +241,29 @@ def fit_purifier(
     return history
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c24
-def stored_attack(
-    store,  # an `afgstudy.store.Store`
-    attack: Attack,
-    model: nn.Module,  # what the attacker knows: a target, or a whole pipeline
-    data: Dataset,
-    seed: int = 0,
-    batch_size: int = 512,
-):  # Artifact, with the images as tensors["x"]
-    "Attacked images of a whole set, made once."
-    spec = {"attack": canonical(attack), "model": state_digest(model), "network": repr(model)}
-    spec |= {"data": data.checksum, "seed": seed, "batch_size": batch_size, "device": data.device.type}
-    code = [type(attack).__module__, "afgstudy.attacks.evaluate", "afgstudy.cafd.defence"]
-    return store.get(
-        "attacked", spec, lambda scratch: {"x": attacked(attack, model, data, seed, batch_size)}, code
-    )
+def build_purifier(run: partial, purifier: nn.Module, scratch: Path) -> tuple[dict, dict]:
+    "Train; the weights that are kept, and the history of the loss."
+    history = run(checkpoint=scratch / "checkpoint.pt")
+    return copy_state(purifier), {"history": history}
 
 
-def stored_purifier(
-    store,
+def fitted_purifier(
     target: nn.Module,
-    data: Dataset,
-    attacked_images: Tensor | Attack,
+    data: Dataset,  # clean training images
+    attacked_images: Tensor | Attack,  # as for `fit_purifier`
     loss: PurifierLoss = LOSSES["CAFD"],
     recipe: PurifierRecipe = PAPER,
     width: float = 1.0,  # of the denoiser
     momentum: float = 0.9,  # of its batch normalisation
     progress: bool = False,
-) -> tuple[Denoiser, object]:  # the denoiser in eval mode, and its Artifact with extra["history"]
+    store: Store = NOWHERE,
+) -> tuple[Denoiser, Artifact]:  # the denoiser in eval mode, and what was kept, with extra["history"]
     "The denoiser that this description leads to: from the store, else trained now."
     denoiser = Denoiser(data.shape[0], width, momentum, recipe.seed).to(data.device)
     spec = purifier_spec(denoiser, target, data, attacked_images, loss, recipe)
     spec |= {"width": width, "momentum": momentum, "device": data.device.type}
-
-    def build(scratch: Path):
-        history = fit_purifier(
-            denoiser, target, data, attacked_images, loss, recipe, scratch / "checkpoint.pt", progress
-        )
-        return copy_state(denoiser), {"history": history}
-
-    artifact = store.get("purifier", spec, build, ["afgstudy.cafd.training", "afgstudy.cafd.attack"])
+    run = partial(fit_purifier, denoiser, target, data, attacked_images, loss, recipe, progress=progress)
+    code = (fit_purifier, denoiser, target, attacked_images)
+    artifact = make_once("purifier", spec, partial(build_purifier, run, denoiser), code, store)
     denoiser.load_state_dict(artifact.tensors)
     return denoiser.eval(), artifact

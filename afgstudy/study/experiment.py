@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'DASH', 'COLUMNS', 'IDENTITY', 'published', 'look_up', 'scrub', 'text_of', 'cells_of', 'table_of',
-           'caption_of', 'styled', 'parameters_of', 'Experiment']
+           'caption_of', 'styled', 'parameters_of', 'Experiment', 'begin']
 
 # %% ../../nbs/60_study/00_experiment.ipynb #c02
 import json
@@ -227,6 +227,7 @@ class Experiment:
         self.rows: list[dict] = []
         self.figures: list[dict] = []
         self.notes: list[str] = []
+        self.verdicts: list[str] = []
         self.datasets: list[dict] = []
         self.artifacts: list[dict] = []
         self.started, self._start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
@@ -267,8 +268,14 @@ class Experiment:
         self.figures = [f for f in self.figures if f["name"] != name] + [{"name": name, "caption": caption}]
 
     def note(self, text: str) -> None:
-        "Keep a sentence for the report: where the numbers disagree and why, what this preset cannot show."
+        "Print and keep a sentence for the report: where the numbers disagree and why, what this preset cannot show."
         self.notes = [*[t for t in self.notes if t != text], text]
+        print(text)
+
+    def verdict(self, text: str) -> None:
+        "Print and keep a sentence that answers the experiment's question; pages show it in a box at the top."
+        self.verdicts = [*[t for t in self.verdicts if t != text], text]
+        print(text)
 
     def used(self, *things: Any) -> None:
         "Note the datasets (name, split, checksum) and artifacts (kind, key) that the numbers come from."
@@ -281,9 +288,15 @@ class Experiment:
             if entry not in kept:
                 kept.append(entry)
 
-    def table(self, wide: str | None = None, digits: int = 2) -> Any:  # a styled pandas table
-        "The rows so far, published | measured [95% interval] | gap; `wide='attack'`: attacks side by side."
-        return styled(table_of(self.rows, wide, digits), caption_of(self.rows))
+    def table(
+        self,
+        wide: str | None = None,  # "attack": the attacks side by side
+        digits: int = 2,
+        **where: Any,  # only these rows: metric="accuracy", seed=0
+    ) -> Any:  # a styled pandas table; None where no row fits
+        "The rows so far: published | measured [95% interval] | gap."
+        rows = [r for r in self.rows if all(r[k] == v for k, v in where.items())]
+        return styled(table_of(rows, wide, digits), caption_of(rows)) if rows else None
 
     def record(self) -> dict:
         "Everything, as plain JSON without a trace of the machine's folders or name."
@@ -303,11 +316,25 @@ class Experiment:
             "artifacts": self.artifacts,
         }
         head = {"experiment": self.name, "title": self.title, "preset": self.preset}
-        body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "provenance": provenance}
-        return scrub(head | body)
+        body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "verdict": self.verdicts}
+        return scrub(head | body | {"provenance": provenance})
 
     def save(self) -> None:
         "Write `record.json`: whole, or not at all. A run without it counts as failed."
         text = json.dumps(self.record(), indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / "record.json", text + "\n")
         print(f"recorded: {len(self.rows)} rows, {len(self.figures)} figures ({self.name}, {self.preset})")
+
+# %% ../../nbs/60_study/00_experiment.ipynb #c18b
+def begin(
+    name: str,  # the notebook's path below the folder of experiments: "aalp/table2"
+    namespace: Mapping,  # the notebook's `globals()`, after its cell of parameters
+) -> Experiment:
+    "The experiment a notebook opens with: parameters, deterministic arithmetic on `threads`, the plots' style."
+    from afgstudy.device import deterministic
+    from afgstudy.plots import use_style
+
+    exp = Experiment(name, parameters_of(namespace))
+    deterministic(exp.parameters.get("threads", 1))
+    use_style()
+    return exp

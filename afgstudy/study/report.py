@@ -211,7 +211,7 @@ def verdict(record: dict) -> list[str]:
     "What the numbers of a record say, in sentences; empty for a smoke run, whose numbers say nothing."
     if record["preset"] == "smoke":
         return []
-    said, of = [], compared(record["rows"])
+    said, of = list(record.get("verdict", [])), compared(record["rows"])
     if of:
         share = f"{len(inside(of))} of {len(of)} published numbers lie in the measured 95% interval."
         said.append(f"{share} The largest gap is at {largest_gap(of)}." if largest_gap(of) != DASH else share)
