@@ -328,6 +328,41 @@ def _check_record(record: str) -> None:
     if record and not (results / record / "record.json").is_file():
         raise ModelError(f"no record {record!r} in {results}: write PRESET/EXPERIMENT, such as cpu/aalp/table2")
 
+# %% ../nbs/55_hub/00_hub.ipynb #c24a
+def _entry(name: str, parts: Parts, data: Dataset, record: str, **words) -> dict:
+    "What a folder says of its defence, but the file and the accuracies."
+    _check_record(record)
+    dataset = {"name": data.name, "split": data.split, "n": len(data), "checksum": data.checksum}
+    dataset |= {"size": data.x.shape[-1]}
+    versions = {"afgstudy": afgstudy.__version__, "torch": torch.__version__}
+    networks = {role: described(network) for role, network in parts.networks.items()}
+    return {
+        "name": name, "kind": parts.kind, **words, "dataset": dataset, "record": record, "networks": networks,
+        "settings": parts.settings, "versions": versions, "made": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+# %% ../nbs/55_hub/00_hub.ipynb #c24c
+def _written(root: Path, about: dict, content: bytes, data: Dataset) -> Path:
+    "Write the folder, read it back, measure it, and only then give it its name."
+    name, folder = about["name"], root / about["name"]
+    part, old = root / f".{name}.part", root / f".{name}.old"
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        (part / TENSORS).write_bytes(content)
+        (part / ABOUT).write_text(json.dumps(about))
+        about["clean"] = clean_accuracy(defence_in(part, data.device), data)
+        (part / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    write_index(root)
+    return folder
+
 # %% ../nbs/55_hub/00_hub.ipynb #c24
 def publish_model(
     name: str,  # small letters, digits and hyphens: "aalp-mnist"
@@ -351,41 +386,6 @@ def publish_model(
     about["attacked"] = asdict(attacked)
     _check_room(name, len(content), root)
     return _written(root, about, content, data)
-
-
-def _entry(name: str, parts: Parts, data: Dataset, record: str, **words) -> dict:
-    "What a folder says of its defence, but the file and the accuracies."
-    _check_record(record)
-    dataset = {"name": data.name, "split": data.split, "n": len(data), "checksum": data.checksum}
-    dataset |= {"size": data.x.shape[-1]}
-    versions = {"afgstudy": afgstudy.__version__, "torch": torch.__version__}
-    networks = {role: described(network) for role, network in parts.networks.items()}
-    return {
-        "name": name, "kind": parts.kind, **words, "dataset": dataset, "record": record, "networks": networks,
-        "settings": parts.settings, "versions": versions, "made": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def _written(root: Path, about: dict, content: bytes, data: Dataset) -> Path:
-    "Write the folder, read it back, measure it, and only then give it its name."
-    name, folder = about["name"], root / about["name"]
-    part, old = root / f".{name}.part", root / f".{name}.old"
-    for left in (part, old):
-        shutil.rmtree(left, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        (part / TENSORS).write_bytes(content)
-        (part / ABOUT).write_text(json.dumps(about))
-        about["clean"] = clean_accuracy(defence_in(part, data.device), data)
-        (part / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    write_index(root)
-    return folder
 
 # %% ../nbs/55_hub/00_hub.ipynb #c27
 def again(folder: Path) -> str:
