@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from afgstudy.attacks import BIM, FGSM, CarliniWagner, DeepFool, PixelAttack
+from afgstudy.attacks.harmless import Harmless
 from afgstudy.data import Dataset, load
 from afgstudy.defence import Defence, Verdict, outcome
 from afgstudy.models import count_passes, create
@@ -33,7 +34,7 @@ from afgstudy.two_stream import (
     simulate,
     sweep,
 )
-from afgstudy.two_stream.attacks import Harmless, succeeds, table_attacks, wrong_categories
+from afgstudy.two_stream.attacks import succeeds, table_attacks, wrong_categories
 from afgstudy.two_stream.defence import (
     at_budget,
     evidence_of,

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/50_afg/index.ipynb #c02
-from .attacker import FeatureAdversary, StandInAttack, benign, imitate
+from .attacker import FeatureAdversary, StandInAttack, imitate
 from .defence import AFG, train_afg
 from .drawing import Visualiser, visualise
 from .genome import Genome, GenomeSet, build_genomes
@@ -25,7 +25,6 @@ __all__ = [
     "Protocol",
     "StandInAttack",
     "Visualiser",
-    "benign",
     "build_genomes",
     "decode",
     "equal_norm_noise",

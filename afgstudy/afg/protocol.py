@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Get', 'SMALL', 'PROBES', 'Protocol', 'with_pooled_head', 'fit_head', 'anew', 'first_network', 'Rows', 'joined',
-           'drawn', 'Material', 'clustered', 'Second', 'contest', 'mixed', 'no_reading', 'configuration', 'standing',
-           'costs']
+           'drawn', 'Material', 'clustered', 'Second', 'contest', 'mixed', 'no_reading', 'configuration', 'by_sample',
+           'standing', 'costs']
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c02
 import math
@@ -42,7 +42,7 @@ from ..attacks import BIM, FGSM, DeepFool
 from ..attacks.base import Attack
 from ..attacks.evaluate import attacked
 from ..data import Dataset, load, stratified
-from ..device import default_device
+from ..device import default_device, generator_for
 from ..keys import canonical, state_digest
 from ..models import Classifier, about_weights, create, features, head, penultimate
 from ..networks import named
@@ -379,6 +379,7 @@ class Second:
     second_batch: int = 32
     second_lr: float = 0.003
     second_optimiser: str = "adam"
+    second_schedule: str = "cosine"  # of its learning rate, as in `Recipe`
     seed: int = 0
 
     @staticmethod
@@ -391,7 +392,7 @@ class Second:
     def recipe(self) -> Recipe:
         return Recipe(
             epochs=self.second_epochs, batch_size=self.second_batch, lr=self.second_lr,
-            optimiser=self.second_optimiser, schedule="cosine", seed=self.seed,
+            optimiser=self.second_optimiser, schedule=self.second_schedule, seed=self.seed,
         )  # fmt: skip
 
     def fit(
@@ -455,6 +456,22 @@ def configuration(protocol: Protocol, second: Second) -> str:
     "First and second network, named as the paper does."
     names = {"vgg16": "VGG16", "googlenet": "GoogleNet"}
     return "+".join(names.get(n, n) for n in (protocol.network, second.second))
+
+# %% ../../nbs/50_afg/07_protocol.ipynb #bs2
+def by_sample(
+    parts: Mapping[str, Rows],  # "clean" and attacks -> all of their samples
+    trained_on: str,  # the attack that is studied with the clean samples
+    seed: int = 0,
+) -> tuple[Rows, dict[str, Rows]]:  # studied, and kind -> held back
+    "A random half of the clean samples and of one attack's to study; all others of every kind, held back."
+    studied, held = [], dict(parts)
+    for kind in ("clean", trained_on):
+        rows = parts[kind]
+        order = torch.randperm(len(rows.y), generator=generator_for(seed, "by sample", trained_on, kind))
+        half = len(order) // 2
+        studied.append(rows.pick(order[:half]))
+        held[kind] = rows.pick(order[half:])
+    return joined(studied), held
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #245334d2
 def standing(

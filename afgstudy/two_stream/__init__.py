@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/30_two_stream/index.ipynb #c02
-from .attacks import AdaptiveAttack, Harmless, ResizeOnly, SumOfTypes, TypeOne, TypeTwo
+from .attacks import AdaptiveAttack, ResizeOnly, SumOfTypes, TypeOne, TypeTwo
 from afgstudy.two_stream.defence import (
     Categorised,
     EnlargedTwoStream,
@@ -28,7 +28,6 @@ __all__ = [
     "Categorised",
     "EnlargedTwoStream",
     "Evidence",
-    "Harmless",
     "LabelMap",
     "ReputationServer",
     "ResizeOnly",

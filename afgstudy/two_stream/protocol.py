@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..attacks import BIM, UniversalPerturbation
 from ..attacks.base import Attack
+from ..attacks.harmless import Harmless
 from ..attacks.universal import FittedUniversal
 from ..data import Dataset, Stream, data_root, load, stream, subset_indices
 from ..defence import Outcome
@@ -31,7 +32,7 @@ from ..keys import canonical, state_digest
 from ..plots import colour
 from ..stats import Estimate, macro_average, proportion
 from ..training import Recipe
-from .attacks import AdaptiveAttack, Harmless, ResizeOnly, SumOfTypes, table_attacks
+from .attacks import AdaptiveAttack, ResizeOnly, SumOfTypes, table_attacks
 from afgstudy.two_stream.defence import (
     Evidence,
     TwoStream,
