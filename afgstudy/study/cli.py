@@ -8,7 +8,9 @@ __all__ = ['main', 'list_', 'status', 'run', 'report', 'publish', 'data', 'data_
 
 # %% ../../nbs/60_study/06_cli.ipynb #c02
 import re
+import shutil
 import signal
+import sys
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -17,7 +19,7 @@ import click
 import yaml
 
 from .. import __version__
-from ..keys import StudyError
+from ..keys import StudyError, nearest
 
 # %% ../../nbs/60_study/06_cli.ipynb #c05
 class _Group(click.Group):
@@ -45,21 +47,103 @@ def main() -> None:
     """
 
 
-def _table(lines: list[tuple[str, ...]], head: tuple[str, ...] = ()) -> None:
-    "Print columns, aligned; the last one as long as it is."
+def _table(lines: list[tuple[str, ...]], head: tuple[str, ...] = (), one_line: bool = False) -> None:
+    "Print columns, aligned; the last one as long as it is, or cut so that a line fits the terminal."
     lines = [head, *lines] if head else lines
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)] if lines else []
+    room = shutil.get_terminal_size().columns if one_line and sys.stdout.isatty() else 0
     for line in lines:
-        click.echo("  ".join(c.ljust(w) for c, w in zip(line, [*widths, 0], strict=True)).rstrip())
+        text = "  ".join(c.ljust(w) for c, w in zip(line, [*widths, 0], strict=True)).rstrip()
+        click.echo(text if not room or len(text) <= room else f"{text[: room - 1]}…")
 
 
 def _day(when: str) -> str:
     "2026-01-31T12:00:00+00:00 as 2026-01-31 12:00."
     return when[:16].replace("T", " ")
 
+# %% ../../nbs/60_study/06_cli.ipynb #c05n
+def _all_presets() -> list[str]:
+    "The presets that an experiment has, or that a run was made with."
+    from afgstudy.keys import runs_root
+    from afgstudy.study.parameters import experiments, presets_of
+
+    known = {p for name in experiments() for p in presets_of(name)}
+    return sorted(known | {p.parents[2].name for p in runs_root().glob("*/*/*/latest")})
+
+
+def _check_preset(preset: str) -> None:
+    "Raise StudyError, with the nearest name, for a preset that no experiment has."
+    if preset not in (known := _all_presets()):
+        raise StudyError(f"no experiment has a preset {preset!r}: {nearest(preset, known)}")
+
+
+def _starting(names: Iterable[str], start: str) -> list[str]:
+    return [name for name in names if name.startswith(start)]
+
+
+def _experiment_names(ctx: click.Context, option: click.Parameter, start: str) -> list[str]:
+    "The experiments that begin so, for the shell."
+    from afgstudy.study.parameters import experiments
+
+    return _starting(experiments(), start)
+
+
+def _preset_names(ctx: click.Context, option: click.Parameter, start: str) -> list[str]:
+    "The presets that begin so, of all experiments or of those already named."
+    from afgstudy.study.parameters import presets_of
+
+    named = ctx.params.get("names") or ()
+    return _starting(sorted({p for n in named for p in presets_of(n)}) or _all_presets(), start)
+
+
+def _set_names(ctx: click.Context, option: click.Parameter, start: str) -> list[str]:
+    "The data sets that begin so."
+    from afgstudy.data.sources import SOURCES
+
+    return _starting(SOURCES, start)
+
+# %% ../../nbs/60_study/06_cli.ipynb #c07a
+def _state(name: str, preset: str):  # -> planning.State
+    "How the run of an experiment with a preset stands; a notebook or a preset that is wrong is a state, too."
+    from afgstudy.study.planning import State, plan, state_of
+
+    try:
+        [job] = plan([name], preset)
+    except StudyError as e:
+        return State("broken", why=str(e))
+    state = state_of(job)
+    needs = _needs(job) if state.name in ("blocked", "never") else ""
+    return State("blocked", why=needs) if needs else state
+
+
+def _needs(job) -> str:
+    "The data and the weights that a job lacks here, each with the command that gets it; empty if it lacks nothing."
+    from afgstudy.study.planning import _words, weights_checksum
+
+    sets = [n for n in _words(job.parameters, "dataset", "datasets") if not _is_here(n)]
+    files = [n for n in _words(job.parameters, "weights") if n not in ("default", "train")]
+    lacking = [f"{n}: afgstudy data get {n}" if ":" not in n else f"{n}: a folder of yours" for n in sets]
+    lacking += [f"{n}: afgstudy weights get {n}" for n in files if weights_checksum(n) == "none"]
+    return f"needs {'; '.join(lacking)}" if lacking else ""
+
+
+def _is_here(name: str) -> bool:
+    "Whether a data set is on this machine; one that does not exist is not."
+    from afgstudy.data.inventory import is_here
+
+    try:
+        return is_here(name)
+    except (ValueError, OSError):
+        return False
+
+
+def _brief(state) -> str:
+    "The reason for a state, as one line."
+    return " ".join(state.why.split())
+
 # %% ../../nbs/60_study/06_cli.ipynb #c07
 @main.command("list")
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=_experiment_names)
 @click.option("-v", "--verbose", is_flag=True, help="Also show the parameters: type, default, meaning.")
 def list_(names: tuple[str, ...], verbose: bool) -> None:
     """The experiments: title, and each preset with its state.
@@ -69,8 +153,10 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
     from afgstudy.study.parameters import parameters_in, presets_of, read_notebook, select, title_of
 
     for name, path in select(names).items():
-        states = ", ".join(f"{p}: {_state(name, p).name}" for p in presets_of(name))
-        click.echo(f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}\n    {states}")
+        states = {p: _state(name, p) for p in presets_of(name)}
+        ready = ", ".join(f"{p}: {s.name}" for p, s in states.items() if s.name != "blocked")
+        blocked = [f"{p}: {_brief(s)}" for p, s in states.items() if s.name == "blocked"]
+        click.echo("\n    ".join([f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}", ready, *blocked]))
         if verbose:
             for p in parameters_in(path).values():
                 click.echo(
@@ -78,18 +164,8 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
                 )
 
 
-def _state(name: str, preset: str):  # -> planning.State
-    "How the run of an experiment with a preset stands; a notebook or a preset that is wrong is a state, too."
-    from afgstudy.study.planning import State, plan, state_of
-
-    try:
-        return state_of(plan([name], preset)[0])
-    except StudyError as e:
-        return State("broken", why=str(e))
-
-
 @main.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=_experiment_names)
 def status(names: tuple[str, ...]) -> None:
     """What is done, out of date, failed, running or never run.
 
@@ -103,8 +179,8 @@ def status(names: tuple[str, ...]) -> None:
         for preset in presets_of(name):
             s = _state(name, preset)
             took = seconds_text(s.seconds) if s.finished and s.seconds is not None else ""
-            lines.append((name, preset, s.name, _day(s.finished), took, s.why.partition("\n")[0]))
-    _table(lines, ("experiment", "preset", "state", "finished (UTC)", "took", ""))
+            lines.append((name, preset, s.name, _day(s.finished), took, _brief(s)))
+    _table(lines, ("experiment", "preset", "state", "finished (UTC)", "took", ""), one_line=True)
 
 # %% ../../nbs/60_study/06_cli.ipynb #c09
 def _parse_parameters(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -122,9 +198,11 @@ def _parse_parameters(ctx: click.Context, option: click.Parameter, values: tuple
 
 
 @main.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=_experiment_names)
 @click.option("--all", "everything", is_flag=True, help="All experiments that have the preset.")
-@click.option("--preset", default="smoke", show_default=True, help="smoke, cpu, paper, ...")
+@click.option(
+    "--preset", default="smoke", show_default=True, shell_complete=_preset_names, help="smoke, cpu, paper, ..."
+)
 @click.option(
     "-p",
     "--parameter",
@@ -233,7 +311,13 @@ def _dry_run(planned: list, jobs: int) -> int:
 
 # %% ../../nbs/60_study/06_cli.ipynb #c11
 @main.command()
-@click.option("--preset", "presets", multiple=True, help="Only this preset; may be repeated. Default: all.")
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    shell_complete=_preset_names,
+    help="Only this preset; may be repeated. Default: all.",
+)
 @click.option("--format", "formats", default="html,md", show_default=True, help="html, md, or both.")
 @click.option("--committed", is_flag=True, help="From the records in data/results instead of the runs here.")
 def report(presets: tuple[str, ...], formats: str, committed: bool) -> None:
@@ -244,18 +328,22 @@ def report(presets: tuple[str, ...], formats: str, committed: bool) -> None:
     wanted = [f.strip() for f in formats.split(",") if f.strip()]
     if not wanted or set(wanted) - {"html", "md"}:
         raise click.BadParameter("html, md or html,md", param_hint="--format")
+    for preset in presets:
+        _check_preset(preset)
     written = reports.report(presets, wanted, committed, names=list(experiments()))
     for path in reversed(written):  # the page last
         click.echo(path)
 
 
 @main.command()
-@click.argument("experiment", required=False)
-@click.option("--preset", default="cpu", show_default=True)
+@click.argument("experiment", required=False, shell_complete=_experiment_names)
+@click.option("--preset", default="cpu", show_default=True, shell_complete=_preset_names)
 @click.option("--prose", is_flag=True, help="Only bring the text of all committed notebooks up to date.")
 def publish(experiment: str | None, preset: str, prose: bool) -> None:
     "Copy the newest record of an experiment to data/results/PRESET/EXPERIMENT, to be committed."
+    from afgstudy.keys import runs_root
     from afgstudy.study import records
+    from afgstudy.study.parameters import select
 
     if prose:
         for path in records.renew_prose():
@@ -263,6 +351,9 @@ def publish(experiment: str | None, preset: str, prose: bool) -> None:
         return
     if not experiment:
         raise click.UsageError("which experiment is to be published? (or --prose)")
+    if not (runs_root() / preset / experiment).is_dir():  # nothing was run by this name: is there such a name?
+        select([experiment])
+        _check_preset(preset)
     folder, remarks = records.publish(experiment, preset)
     for remark in remarks:
         click.echo(f"note: {remark}", err=True)
@@ -290,7 +381,7 @@ def data_list() -> None:
 
 
 @data.command("get")
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=_set_names)
 def data_get(names: tuple[str, ...]) -> None:
     "Download datasets: the only way this project ever does."
     from afgstudy import data as sets
@@ -299,7 +390,7 @@ def data_get(names: tuple[str, ...]) -> None:
 
 
 @data.command("check")
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=_set_names)
 def data_check(names: tuple[str, ...]) -> None:
     "Verify datasets: checksums, counts, whether their images open. Status 1 if one is not whole."
     from afgstudy import data as sets
