@@ -101,25 +101,22 @@ def _set_names(ctx: click.Context, option: click.Parameter, start: str) -> list[
     return _starting(SOURCES, start)
 
 # %% ../../nbs/60_study/06_cli.ipynb #c07a
-def _state(name: str, preset: str):  # -> planning.State
-    "How the run of an experiment with a preset stands; a notebook or a preset that is wrong is a state, too."
-    from afgstudy.study.planning import State, plan, state_of
+def _standing(name: str, preset: str, state):  # -> planning.State
+    "The state, or what the run needs before it can start."
+    from afgstudy.study.planning import State
 
-    try:
-        [job] = plan([name], preset)
-    except StudyError as e:
-        return State("broken", why=str(e))
-    state = state_of(job)
-    needs = _needs(job) if state.name in ("blocked", "never") else ""
+    needs = _needs(name, preset, state.name == "blocked") if state.name in ("blocked", "never") else ""
     return State("blocked", why=needs) if needs else state
 
 
-def _needs(job) -> str:
-    "The data and the weights that a job lacks here, each with the command that gets it; empty if it lacks nothing."
+def _needs(name: str, preset: str, blocked: bool) -> str:
+    "The data (of a blocked run) and the weights that are not here, each with the command that gets it; or nothing."
+    from afgstudy.study.parameters import full_parameters
     from afgstudy.study.planning import _words, weights_checksum
 
-    sets = [n for n in _words(job.parameters, "dataset", "datasets") if not _is_here(n)]
-    files = [n for n in _words(job.parameters, "weights") if n not in ("default", "train")]
+    values = full_parameters(name, preset)
+    sets = [n for n in _words(values, "dataset", "datasets") if not _is_here(n)] if blocked else []
+    files = [n for n in _words(values, "weights") if n not in ("default", "train")]
     lacking = [f"{n}: afgstudy data get {n}" if ":" not in n else f"{n}: a folder of yours" for n in sets]
     lacking += [f"{n}: afgstudy weights get {n}" for n in files if weights_checksum(n) == "none"]
     return f"needs {'; '.join(lacking)}" if lacking else ""
@@ -148,18 +145,20 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
 
     NAMES are names or patterns ('aalp/*'); none: all.
     """
-    from afgstudy.study.parameters import parameters_in, presets_of, read_notebook, select, title_of
+    from afgstudy.study.parameters import parameters_in, read_notebook, select, title_of
+    from afgstudy.study.planning import states
 
+    found: dict[str, dict[str, str]] = {}
+    for name, preset, state in states(names):
+        standing = _standing(name, preset, state)
+        found.setdefault(name, {})[preset] = _brief(standing) if standing.name == "blocked" else standing.name
     for name, path in select(names).items():
-        states = {p: _state(name, p) for p in presets_of(name)}
-        ready = ", ".join(f"{p}: {s.name}" for p, s in states.items() if s.name != "blocked")
-        blocked = [f"{p}: {_brief(s)}" for p, s in states.items() if s.name == "blocked"]
-        click.echo("\n    ".join([f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}", ready, *blocked]))
-        if verbose:
-            for p in parameters_in(path).values():
-                click.echo(
-                    f"    {p.name}: {p.annotation} = {p.default!r}" + (f"  # {p.help}" if p.help else "")
-                )
+        short = ", ".join(f"{p}: {text}" for p, text in found[name].items() if " " not in text)
+        long = [f"{p}: {text}" for p, text in found[name].items() if " " in text]
+        click.echo("\n    ".join([f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}", *filter(None, [short]), *long]))
+        for p in parameters_in(path).values() if verbose else ():
+            remark = f"  # {p.help}" if p.help else ""
+            click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
 
 
 @main.command()
@@ -169,15 +168,13 @@ def status(names: tuple[str, ...]) -> None:
 
     A run is stale when something it depends on has changed since: the last column says what.
     """
-    from afgstudy.study.parameters import presets_of, select
-    from afgstudy.study.report import seconds_text
+    from afgstudy.study.planning import seconds_text, states
 
     lines = []
-    for name in select(names):
-        for preset in presets_of(name):
-            s = _state(name, preset)
-            took = seconds_text(s.seconds) if s.finished and s.seconds is not None else ""
-            lines.append((name, preset, s.name, _day(s.finished), took, _brief(s)))
+    for name, preset, state in states(names):
+        s = _standing(name, preset, state)
+        took = seconds_text(s.seconds) if s.finished and s.seconds is not None else ""
+        lines.append((name, preset, s.name, _day(s.finished), took, _brief(s)))
     _table(lines, ("experiment", "preset", "state", "finished (UTC)", "took", ""), one_line=True)
 
 # %% ../../nbs/60_study/06_cli.ipynb #c09
@@ -260,7 +257,7 @@ def run(
 
 def _say(outcome) -> None:
     "One line for a run that has ended, and where to look if it failed."
-    from afgstudy.study.report import seconds_text
+    from afgstudy.study.planning import seconds_text
 
     job = outcome.job
     colour = {"done": "green", "present": "green", "failed": "red"}.get(outcome.state)
@@ -282,8 +279,7 @@ def _summary(outcomes: list) -> None:
 
 def _dry_run(planned: list, jobs: int) -> int:
     "Say what would run and how long it may take; the exit status (1 where something cannot run)."
-    from afgstudy.study.planning import estimated_seconds, state_of
-    from afgstudy.study.report import seconds_text
+    from afgstudy.study.planning import estimated_seconds, seconds_text, state_of
 
     lines, seconds, unknown = [], [], 0
     for job in planned:
