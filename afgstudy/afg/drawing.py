@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,7 @@ class Visualiser:
     seed: int = 0  # of the start and of the transformations
     shown: int = 0  # pixels a side of what the network sees; 0: as large as the picture is drawn in that step
     batch_size: int = 0  # pictures at a time, 0: 32 on a CPU, 512 on a GPU; decides speed, not results
+    normalised: bool = False  # each picture's gradient has length one in every step (a variant, see `stable`)
 
     def __post_init__(self):
         if self.size < 8 or self.steps < 1 or min(self.batch_size, self.shown) < 0:
@@ -88,6 +89,18 @@ class Visualiser:
         "Settings for pictures of `size` pixels, the moves in the proportion they have at lucid's 112."
         moves = {k: max(1, round(v * size / 112)) for k, v in dict(pad=12, jitter=8, settle=4).items()}
         return Visualiser(size=size, **moves | settings)
+
+    @staticmethod
+    def stable(size: int, **settings) -> "Visualiser":
+        "A variant that is not the paper's: no moves, and gradients of length one."
+        still = dict(jitter=0, settle=0, scale=0, turn=0, normalised=True)
+        return Visualiser.small(size, **still | settings)
+
+    @property
+    def described(self) -> dict:
+        "Everything that decides the pictures; a variant that is off is not named, so older names stay valid."
+        left_out = {"batch_size"} | (set() if self.normalised else {"normalised"})
+        return {k: v for k, v in asdict(self).items() if k not in left_out}
 
 # %% ../../nbs/50_afg/02_drawing.ipynb #c10
 def looks(
@@ -180,6 +193,8 @@ def climb(
         with redirected_relu() if step < settings.redirect else nullcontext(), large_enough(size, layer):
             maps = read(shown)[1][layer]
         z.grad = torch.autograd.grad(-_pull(maps, directions, where), z)[0]
+        if settings.normalised:
+            z.grad /= z.grad.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None, None]
         adam.step()
         if step + 1 in at:
             kept.append(pictures_of(z.detach(), size))
