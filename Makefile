@@ -14,6 +14,8 @@ PRESET ?= smoke
 
 BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# An accelerator written in Python (tests/accelerator), which torch finds on this path.
+PRETEND := AFGSTUDY_DEVICE=npu PYTHONPATH=tests/accelerator $(ONE_THREAD)
 TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 AFGSTUDY_TEST_THREADS=2
 
 # What torch and oneDNN are told to leave unused. Older processors than this one are emulated, newer ones cannot be.
@@ -31,6 +33,7 @@ study: setup
 test: setup
 	$(ONE_THREAD) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)
 	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(PRETEND) $(BIN)/python -m pytest tests/accelerator
 
 test-elsewhere: setup test-sse41-notebooks
 	$(SSE41) $(BIN)/python -m pytest
