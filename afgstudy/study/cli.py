@@ -155,7 +155,8 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
     for name, path in select(names).items():
         short = ", ".join(f"{p}: {text}" for p, text in found[name].items() if " " not in text)
         long = [f"{p}: {text}" for p, text in found[name].items() if " " in text]
-        click.echo("\n    ".join([f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}", *filter(None, [short]), *long]))
+        title = f"{click.style(name, bold=True)}  {title_of(read_notebook(path))}"
+        click.echo("\n    ".join([title, *([short] if short else []), *long]))
         for p in parameters_in(path).values() if verbose else ():
             remark = f"  # {p.help}" if p.help else ""
             click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
