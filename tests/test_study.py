@@ -334,7 +334,7 @@ def test_a_record_holds_every_field(sandbox):
     record = json.loads((example(sandbox) / "record.json").read_text())
     assert all(list(row) == COLUMNS for row in record["rows"])
     assert [r["seed"] for r in record["rows"]] == [3, 3, 4] and record["rows"][1]["measured"] is None
-    assert {"experiment", "title", "preset", "rows", "figures", "notes", "provenance"} == set(record)
+    assert {"experiment", "title", "preset", "rows", "figures", "notes", "verdict", "provenance"} == set(record)
     p = record["provenance"]
     assert p["parameters"] == {"steps": 40, "seed": 3, "weights": "~/w.safetensors"} and p["seeds"] == [3, 4]
     assert p["revision"] is None  # the temporary project is not under version control

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .defence import threshold_at
 from .genome import Genome, GenomeSet, build_genomes, describe_genomes
-from .protocol import Get, Protocol, anew, first_network
+from .protocol import Protocol, first_network
 from .reader import arranged, canonical
 from .recognition import linear_probe, train_second
 from .separation import equal_norm_noise
@@ -26,6 +26,7 @@ from ..device import generator_for
 from ..keys import key_of, runs_root
 from ..passes import correct
 from ..stats import Estimate
+from ..store import NOWHERE, Store
 from ..training import Recipe
 
 # %% ../../nbs/50_afg/07a_trial.ipynb #t05
@@ -59,7 +60,7 @@ class Trial:
     "The sources of a long experiment, in blocks."
 
     protocol: Protocol
-    get: Get = anew
+    store: Store = NOWHERE  # of the first network
     block: int = 20  # sources
     root: Path | None = None  # of genomes; None: `genomes/` in the folder of runs
     _images: dict = field(default_factory=dict)
@@ -67,7 +68,7 @@ class Trial:
     def __post_init__(self):
         p = self.protocol
         self.root = Path(self.root or runs_root() / "genomes")
-        self.model, self.network = first_network(p, self.get)
+        self.model, self.network = first_network(p, self.store)
         self.pool = load(
             p.dataset, "test", n=p.n_sources, seed=p.seed, size=p.size, balanced=p.dataset != "shapes"
         )

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Attack, ImageNoise, Model, check_logits, margin
+from .base import Attack, ImageNoise, Model, check_logits, check_shape, gradient_of, margin
 from .gradient import fooled, norms, per_image
+from ..device import is_accelerator
 
 # %% ../../nbs/10_attacks/03_carlini.ipynb #c05
 def to_w(x: Tensor) -> Tensor:
@@ -49,8 +50,9 @@ def hinge_gradient(
     with torch.enable_grad():
         leaf = at.detach().requires_grad_()
         logits = model(leaf)
+        check_shape(logits, len(y))
         gap = sign * margin(logits, y)
-        (gradient,) = torch.autograd.grad((gap + kappa).clamp(min=0).sum(), leaf)
+        gradient = gradient_of((gap + kappa).clamp(min=0).sum(), leaf)
     return gradient, logits.detach(), gap.detach()
 
 
@@ -144,10 +146,10 @@ def descend(
     tenth = max(50, math.ceil(attack.steps / 10))
     for t in range(1, attack.steps + 1):
         at, before_gap, look = to_image(w), gap, t % tenth == 0
-        free = None if x.is_cuda or t < 3 else 2 * gap - earlier_gap <= -attack.confidence
+        free = None if is_accelerator(x) or t < 3 else 2 * gap - earlier_gap <= -attack.confidence
         pull, logits, gap = hinge_gradient(model, at, y, attack.confidence, attack.sign, free)
         earlier_gap = before_gap
-        if look or not x.is_cuda:
+        if look or t == attack.steps or not is_accelerator(x):
             check_logits(logits, y)
         offset = at - origin
         apart = norms(offset)
@@ -158,16 +160,17 @@ def descend(
         closer = hit & (apart < distance)
         found, distance = found | hit, torch.where(closer, apart, distance)
         lowest = torch.minimum(lowest, loss)
-        if x.is_cuda or closer.any():
+        if is_accelerator(x) or closer.any():
             best = torch.where(per_image(closer, best), at, best)
         if attack.abort_early and look:
             better = lowest < 0.9999 * before
             before = lowest
-            if not better.all():
+            left = better.nonzero().squeeze(1)
+            if len(left) < len(here):
                 for whole, part in zip(outcome, (best, distance, found), strict=True):
                     whole[here] = part
                 here, x, y, c, w, origin, m, v, best, distance, found, lowest, before, gap, earlier_gap = (
-                    s[better]
+                    s[left]
                     for s in (
                         here,
                         x,

@@ -56,7 +56,7 @@ NUDGE = 1e-4  # added to every step's length
 
 
 def _keep(keep: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-    "The rows of every tensor that the mask `keep` selects."
+    "The rows `keep` (indices) of every tensor."
     return tuple(s[keep] for s in state)
 
 
@@ -114,19 +114,21 @@ class DeepFool(Attack):
                 classes = self.rank(logits, y)
                 last = torch.zeros_like(classes[:, 1:], dtype=x.dtype)
             done = done | fooled(logits, y, targeted=False)
-            if look and (n := int(done.sum())) and n * (classes.shape[1] - 1) >= len(y) - n:
+            left = (~done).nonzero().squeeze(1) if look else here
+            n = len(here) - len(left)
+            if n and n * (classes.shape[1] - 1) >= len(left):
                 result[here] = at
-                here, x, y, at, r, classes, last, done = _keep(~done, here, x, y, at, r, classes, last, done)
+                here, x, y, at, r, classes, last, done = _keep(left, here, x, y, at, r, classes, last, done)
                 if not len(y):
                     return result
-                leaf, logits = _traced(model, at)
+                (leaf, logits), n = _traced(model, at), 0
             distance, direction, last = nearest_boundary(logits, leaf, classes, self.norm, last, self.growth)
             r = r + per_image(distance + NUDGE, x) * direction
             moved = (x + (1 + self.overshoot) * r).clamp(0, 1)
             at = torch.where(per_image(done, x), at, moved)
-            if look and done.any():
+            if n:
                 result[here] = at
-                here, x, y, at, r, classes, last, done = _keep(~done, here, x, y, at, r, classes, last, done)
+                here, x, y, at, r, classes, last, done = _keep(left, here, x, y, at, r, classes, last, done)
         if not look:
             check_logits(logits, y)
         result[here] = at

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Attack, ImageNoise, Model, check_logits
+from .base import Attack, ImageNoise, Model, check_logits, check_shape
+from ..device import is_accelerator, may_look
 
 # %% ../../nbs/10_attacks/05_pixel.ipynb #c05
 def paint(
@@ -94,17 +95,17 @@ class PixelAttack(Attack):
         return f"Pixel-{self.pixels}"
 
     def judge(
-        self, model: Model, x: Tensor, y: Tensor, candidates: Tensor
+        self, model: Model, x: Tensor, y: Tensor, candidates: Tensor, check: bool = True
     ) -> tuple[Tensor, Tensor]:  # fitness (smaller is better) and success, [B, P] both
         "The network's answers to all candidates of all images, `batch_rows` at a time."
         population, rows = candidates.shape[1], candidates.flatten(0, 1)
-        size = self.batch_rows or (max(256, 2**24 // x[0].numel()) if x.is_cuda else 512)
+        size = self.batch_rows or (max(256, 2**24 // x[0].numel()) if is_accelerator(x) else 512)
         fitness, success = x.new_empty(len(rows)), torch.empty(len(rows), dtype=torch.bool, device=x.device)
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             of = torch.arange(start, min(start + size, len(rows)), device=x.device) // population
             logits, label = model(paint(x[of], rows[chunk])), y[of]
-            check_logits(logits, label)
+            check_logits(logits, label) if check else check_shape(logits, len(label))
             odds = log_odds(logits, label)
             fitness[chunk] = -odds if self.targeted else odds
             success[chunk] = (logits.argmax(1) == label) == self.targeted
@@ -118,19 +119,22 @@ class PixelAttack(Attack):
         parents = first_generation(noise, self.population, self.pixels, x.shape[1], x.dtype)
         fitness, success = self.judge(model, x, y, parents)
         for generation in range(1, self.steps + 2):
-            fooled = success.any(1)
-            done = fooled | (generation > self.steps)
-            best = torch.where(success | ~fooled[:, None], fitness, torch.inf).argmin(1)
-            yield here[done], parents[done, best[done]]
-            if done.all():
-                return
-            left = ~done
-            here, x, y, noise, parents, fitness = (t[left] for t in (here, x, y, noise, parents, fitness))
+            fooled, last = success.any(1), generation > self.steps
+            if look := last or may_look(generation - 1, x):
+                order = fooled.to(torch.uint8).argsort(stable=True)
+                left, done = order.split([n := 0 if last else int((~fooled).sum()), len(here) - n])
+                best = torch.where(success | ~fooled[:, None], fitness, torch.inf).argmin(1)
+                yield here[done], parents[done, best[done]]
+                if not len(left):
+                    return
+                state = (here, x, y, noise, parents, fitness, success, fooled)
+                here, x, y, noise, parents, fitness, success, fooled = (t[left] for t in state)
             young = children(parents, noise, 1 + generation, self.factor)
-            young_fitness, success = self.judge(model, x, y, young)
-            better = success | (young_fitness < fitness)  # a child that fools always takes its parent's place
+            young_fitness, hit = self.judge(model, x, y, young, check=look)
+            still = fooled[:, None]  # these wait for the next look as they are
+            better = (hit | (young_fitness < fitness)) & ~still  # a child that fools always takes its parent's place
             parents = torch.where(better[..., None], young, parents)
-            fitness = torch.where(better, young_fitness, fitness)
+            fitness, success = torch.where(better, young_fitness, fitness), torch.where(still, success, hit)
 
     def perturb(self, model: Model, x: Tensor, y: Tensor, noise: ImageNoise) -> Tensor:
         "Each image with the pixels of its best candidate."

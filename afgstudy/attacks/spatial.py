@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from .base import Attack, ImageNoise, Model, check_logits, margin
+from .base import Attack, ImageNoise, Model, check_logits, check_shape, margin
 from .wrappers import straight_clip
 from ..device import may_look
 
@@ -70,13 +70,15 @@ class SpatialTransform(Attack):
     def name(self) -> str:
         return "stAdv"
 
-    def look(self, model: Model, x: Tensor, y: Tensor, flow: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+    def look(
+        self, model: Model, x: Tensor, y: Tensor, flow: Tensor, tau: Tensor, check: bool = True
+    ) -> tuple[Tensor, ...]:
         "The objective's gradient at `flow`, the bent images, whether they fool, the margin, the variation."
         flow = flow.detach().requires_grad_()
         with torch.enable_grad():
             bent = straight_clip(warp(x, flow))
             logits = model(bent)
-            check_logits(logits, y)
+            check_logits(logits, y) if check else check_shape(logits, len(y))
             aim = -margin(logits, y) if self.targeted else margin(logits, y)
             variation = flow_variation(flow)
             (gradient,) = torch.autograd.grad((aim.clamp(min=-self.kappa) + tau * variation).sum(), flow)
@@ -136,7 +138,8 @@ def bend(
     ]
     for t in range(1, attack.steps + 2):
         index, x, y, tau, flow, first, second, image, field, smoothest, nearest, waited, done = own
-        gradient, bent, fooled, aim, variation = attack.look(model, x, y, flow, tau)
+        look = t > attack.steps or may_look(t, x)
+        gradient, bent, fooled, aim, variation = attack.look(model, x, y, flow, tau, check=look)
         nearer = smoothest.isinf() & (aim < nearest)
         better = torch.where(fooled, variation < smoothest, nearer) & ~done
         image, field = (
@@ -150,10 +153,11 @@ def bend(
         pace = attack.step_size * (0.51 + 0.49 * math.cos(math.pi * t / (attack.steps + 1)))
         flow = flow - pace * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-12)
         own = [index, x, y, tau, flow, first, second, image, field, smoothest, nearest, waited, done]
-        if t > attack.steps or may_look(t, x):
+        if look:
             for whole, part in zip(result, (image, field, smoothest), strict=True):
                 whole[index] = part
-            own = [part[~done] for part in own]
+            left = (~done).nonzero().squeeze(1)
+            own = [part[left] for part in own] if len(left) < len(index) else own
             if not len(own[0]):
                 break
     return result

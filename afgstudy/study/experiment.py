@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from afgstudy.keys import (
     runs_root,
     write_whole,
 )
+from ..store import ASKED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,8 +229,10 @@ class Experiment:
         self.figures: list[dict] = []
         self.notes: list[str] = []
         self.verdicts: list[str] = []
+        self.attacks: list[dict] = []
         self.datasets: list[dict] = []
         self.artifacts: list[dict] = []
+        self._asked = len(ASKED)  # what the process took from the store before this experiment
         self.started, self._start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
 
     def row(
@@ -277,9 +280,24 @@ class Experiment:
         self.verdicts = [*[t for t in self.verdicts if t != text], text]
         print(text)
 
+    def components(
+        self,
+        dataset: str,
+        method: str,
+        attack: str,
+        accuracy: Mapping[str, float],  # "clean", then the share left after each component of AutoAttack
+        flags: Sequence[str] = (),  # its warnings
+        seed: int | None = None,  # default: the parameter `seed`
+    ) -> None:
+        "Keep the accuracy after each component of a run of AutoAttack, and every flag that it raised."
+        seed = self.parameters.get("seed") if seed is None else seed
+        entry = dict(dataset=dataset, method=method, attack=attack, seed=seed)
+        entry["components"] = [{"name": k, "accuracy": _number(100 * v)} for k, v in accuracy.items()]
+        self.attacks.append(entry | {"flags": list(flags)})
+
     def used(self, *things: Any) -> None:
         "Note the datasets (name, split, checksum) and artifacts (kind, key) that the numbers come from."
-        for thing in things:
+        for thing in (t for t in things if t is not None):
             if hasattr(thing, "manifest"):
                 kept, entry = self.artifacts, {"kind": thing.kind, "key": thing.key}
             else:
@@ -313,10 +331,11 @@ class Experiment:
             "started": self.started,
             "seconds": round(time.monotonic() - self._start, 2),
             "datasets": self.datasets,
-            "artifacts": self.artifacts,
+            "artifacts": self.artifacts + [a for a in ASKED[self._asked :] if a not in self.artifacts],
         }
         head = {"experiment": self.name, "title": self.title, "preset": self.preset}
         body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "verdict": self.verdicts}
+        body |= {"attacks": self.attacks} if self.attacks else {}
         return scrub(head | body | {"provenance": provenance})
 
     def save(self) -> None:

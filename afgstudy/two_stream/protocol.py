@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['CARS', 'AIRCRAFT', 'PARTS', 'PHOTOGRAPHS', 'SLOW', 'WITH_RADIUS', 'JOINT_COLOURS', 'PAPER_SET', 'label_map',
-           'category_images', 'allowed_for', 'low_network', 'high_network', 'digest_of', 'description',
-           'evidence_under', 'fitted_universal', 'Column', 'column_for', 'Seen', 'under_attacks', 'on_part',
-           'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates', 'verdict_rates', 'summed',
-           'works', 'thresholds_at', 'AtShare', 'under_thresholds', 'at_share', 'attack_colour', 'replace_mode']
+           'category_images', 'allowed_for', 'low_network', 'high_network', 'description', 'build_evidence',
+           'evidence_under', 'build_universal', 'fitted_universal', 'Column', 'column_for', 'Seen', 'under_attacks',
+           'on_part', 'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates', 'verdict_rates',
+           'summed', 'works', 'thresholds_at', 'AtShare', 'under_thresholds', 'at_share', 'attack_colour',
+           'replace_mode']
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c02
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +30,11 @@ from ..attacks.universal import FittedUniversal
 from ..data import Dataset, Stream, data_root, load, stream, subset_indices
 from ..defence import Outcome
 from ..device import generator_for
-from ..keys import canonical, state_digest
+from ..kept import make_once
+from ..keys import state_digest
 from ..plots import colour
 from ..stats import Estimate, macro_average, proportion
+from ..store import NOWHERE, Store
 from ..training import Recipe
 from .attacks import AdaptiveAttack, ResizeOnly, SumOfTypes, table_attacks
 from afgstudy.two_stream.defence import (
@@ -45,7 +49,7 @@ from afgstudy.two_stream.defence import (
     sweep,
 )
 from .labels import OTHER, LabelMap, identity_map, read_map
-from .networks import grown, make_network
+from .networks import make_network, trained_network
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c05
 CARS, AIRCRAFT = ("automobile", "truck"), ("airplane",)  # answers that are right for a whole set
@@ -129,7 +133,7 @@ def low_network(
     epochs: int = 10,
     agreement: float = 0.9,
     seed: int = 0,
-    store=None,
+    store: Store = NOWHERE,
     lr: float | None = None,  # highest learning rate; None: 3e-3 on shapes, else 2e-3
     **options,
 ) -> torch.nn.Module:
@@ -140,7 +144,8 @@ def low_network(
     data = load("shapes" if shapes else "cifar10", "train", n=n_train, seed=seed, **shapes)
     how = dict(batch_size=24, lr=3e-3) if shapes else dict(batch_size=64, lr=2e-3, augment="crop_flip")
     how |= {"lr": lr} if lr else {}
-    return grown(name, data, Recipe(epochs=epochs, schedule="cosine", seed=seed, **how), store, **options)
+    recipe = Recipe(epochs=epochs, schedule="cosine", seed=seed, **how)
+    return trained_network(name, data, recipe, store, **options)
 
 
 def high_network(
@@ -152,7 +157,7 @@ def high_network(
     epochs: int = 4,
     agreement: float = 0.9,
     seed: int = 0,
-    store=None,
+    store: Store = NOWHERE,
     **options,
 ) -> torch.nn.Module:
     "The network that sees everything; on photographs it needs weights."
@@ -163,19 +168,26 @@ def high_network(
         return network.to(memory_format=torch.channels_last)  # halves a pass on a CPU
     data = load("shapes", "train", n=n_train, size=size, agreement=agreement, seed=seed)
     recipe = Recipe(epochs=epochs, batch_size=24, lr=1e-2, schedule="cosine", seed=seed)
-    return grown(name, data, recipe, store, **options)
+    return trained_network(name, data, recipe, store, **options)
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c10
-def digest_of(tensor: Tensor) -> str:
-    "A checksum of numbers."
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
 def description(defence: TwoStream) -> dict:
     "All that decides a defence's evidence, as JSON."
     facts = {k: getattr(defence, k) for k in ("aggregate", "mode", "high_size", "low_size", "p1", "p2")}
     facts |= {"top": list(defence.top), "labels": [defence.labels.name, *defence.labels.table]}
     return facts | {"high": state_digest(defence.high), "low": state_digest(defence.low)}
+
+
+def build_evidence(
+    attack: Attack | None, defence: TwoStream, data: Dataset, seed: int, batch_size: int, scratch: Path
+) -> dict[str, Tensor]:
+    "What both networks say of attacked images: the fields of `Evidence` by name."
+    generator = generator_for(seed, "attack", attack.name) if attack is not None else None
+    parts = []
+    for x, y in data.batches(batch_size):
+        x = x if attack is None else attack(defence, x, y, generator)
+        parts.append(defence.look(x))
+    return {name: torch.cat([getattr(part, name) for part in parts]) for name in Evidence._fields}
 
 
 def evidence_under(
@@ -184,26 +196,21 @@ def evidence_under(
     data: Dataset,  # with categories as labels
     seed: int = 0,
     batch_size: int = 32,
-    store=None,
+    store: Store = NOWHERE,
 ) -> Evidence:
-    "What both networks say of attacked images."
-
-    def build(_=None) -> dict[str, Tensor]:
-        generator = generator_for(seed, "attack", attack.name) if attack is not None else None
-        parts = []
-        for x, y in data.batches(batch_size):
-            x = x if attack is None else attack(defence, x, y, generator)
-            parts.append(defence.look(x))
-        return {name: torch.cat([getattr(part, name) for part in parts]) for name in Evidence._fields}
-
-    if store is None:
-        return Evidence(**build())
-    spec = {"data": data.checksum, "defence": description(defence), "attack": canonical(attack), "seed": seed}
-    inner = getattr(attack, "attack", None)
-    if isinstance(inner, FittedUniversal):
-        spec["perturbation"] = digest_of(inner.perturbation)
-    kept = store.get("evidence", spec, build, code=["afgstudy.two_stream.attacks", "afgstudy.attacks"])
+    "What both networks say of attacked images, from the store where it was seen before."
+    spec = {"data": data, "defence": description(defence), "attack": attack, "seed": seed}
+    build = partial(build_evidence, attack, defence, data, seed, batch_size)
+    kept = make_once("evidence", spec, build, (build_evidence, defence.high, defence.low, attack), store)
     return Evidence(**{name: tensor.to(data.device) for name, tensor in kept.tensors.items()})
+
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #k02
+def build_universal(
+    attack: UniversalPerturbation, model: torch.nn.Module, data: Dataset, batch_size: int, scratch: Path
+) -> tuple[dict[str, Tensor], dict]:
+    "Fit; the perturbation, and the share of fooled images after each pass."
+    fitted = attack.fit(model, data.batches(batch_size))
+    return {"perturbation": fitted.perturbation}, {"rates": list(fitted.fooling_rates)}
 
 
 def fitted_universal(
@@ -211,23 +218,12 @@ def fitted_universal(
     data: Dataset,  # images to fit to, none of which is judged later
     attack: UniversalPerturbation,
     batch_size: int = 8,  # images a step; the paper's algorithm has 1
-    store=None,
+    store: Store = NOWHERE,
 ) -> FittedUniversal:
     "The universal perturbation of the high-resolution network."
-
-    def build(_=None):
-        fitted = attack.fit(defence.high, data.batches(batch_size))
-        return {"perturbation": fitted.perturbation}, {"rates": list(fitted.fooling_rates)}
-
-    if store is None:
-        return attack.fit(defence.high, data.batches(batch_size))
-    spec = {
-        "data": data.checksum,
-        "high": state_digest(defence.high),
-        "attack": canonical(attack),
-        "batch": batch_size,
-    }
-    kept = store.get("universal", spec, build, code=["afgstudy.attacks"])
+    spec = {"data": data, "high": state_digest(defence.high), "attack": attack, "batch": batch_size}
+    build = partial(build_universal, attack, defence.high, data, batch_size)
+    kept = make_once("universal", spec, build, (attack, defence.high), store)
     perturbation = kept.tensors["perturbation"].to(data.device)
     return FittedUniversal(perturbation, attack.eps, attack.norm, tuple(kept.extra["rates"]))
 
@@ -280,7 +276,7 @@ def under_attacks(
     n_slow: int = 0,  # images for the attacks whose names end as in SLOW, 0 for all
     seed: int = 0,
     batch_size: int = 32,
-    store=None,
+    store: Store = NOWHERE,
     report: Callable[[str], None] | None = None,  # told each row as it begins
 ) -> dict[str, Seen]:
     "The evidence for every attack; `clean` first."
@@ -320,7 +316,7 @@ def study_attacks(
     sum_targets: int = 0,
     passes: int = 2,  # over the images the universal perturbation is fitted to
     other_eps: Sequence[float] = (),  # further radii, for the attacks in WITH_RADIUS
-    store=None,
+    store: Store = NOWHERE,
     **settings,  # of `table_attacks`
 ) -> dict[str, Attack]:
     "Everything that is run against the defence."
@@ -346,7 +342,7 @@ def cross_fitted(
     others: Dataset,  # further images to train on
     recipe: Recipe,
     folds: int = 5,
-    store=None,
+    store: Store = NOWHERE,
 ) -> Tensor:  # [N, C]
     "Logits of every shrunk image, from a network that has not seen it."
     order = torch.randperm(len(shrunk), generator=generator_for(recipe.seed, "folds"))
@@ -355,7 +351,7 @@ def cross_fitted(
         out = order[k::folds].sort().values
         seen = shrunk.take(torch.ones(len(shrunk), dtype=torch.bool).index_fill(0, out, False))
         both = replace(others, x=torch.cat([seen.x, others.x]), y=torch.cat([seen.y, others.y]))
-        model = grown("low", both, recipe, store, start=low())
+        model = trained_network("low", both, recipe, store, start=low())
         with torch.no_grad():
             logits[out] = model(shrunk.images(out))
     return logits
@@ -458,7 +454,7 @@ def at_share(
     share: float,  # of clean images, at most, that may be rejected
     seed: int = 0,
     batch_size: int = 32,
-    store=None,
+    store: Store = NOWHERE,
 ) -> AtShare:
     "Outcomes at thresholds that the other half of the images set to a share of clean rejections."
     if len(b.data) < 2:

@@ -154,6 +154,9 @@ def _compute(op, *args, **kwargs):
     random = torch.Tag.nondeterministic_seeded in op.tags
     with _own_generator() if random else contextlib.nullcontext():
         result = op(*args, **kwargs)
+    for tensor in owners.values():
+        if tensor.size() != tensor.inner.size():  # it has grown or been squeezed in place
+            tensor.data = Elsewhere(tensor.inner)
     if not stays:
         return result
     return tree_map(lambda t: _outer(t, owners), result)

@@ -20,6 +20,7 @@ from afgstudy.attacks import (
     SpatialTransform,
     UniversalPerturbation,
 )
+from afgstudy.attacks.external import Pipeline
 from afgstudy.device import default_device, describe_device, own_random
 
 STEPS = 20
@@ -73,10 +74,7 @@ def test_an_attack_gives_the_images_of_the_cpu(name, smooth):
     assert torch.allclose(result.cpu(), expected, rtol=0, atol=1e-9)
 
 
-FEW_READS = [n for n in ATTACKS if n not in ("DeepFool", "DeepFool-Linf", "CW", "pixel", "spatial")]
-
-
-@pytest.mark.parametrize("name", FEW_READS)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_the_host_reads_at_most_at_every_eighth_step(name, smooth):
     "Five reads to check what goes in and comes out, and two for each look; a round of C&W is a loop of its own."
     _, there, x, y = smooth
@@ -102,6 +100,34 @@ def test_the_wrapped_attacks_and_the_universal_one_run(smooth):
         assert (fitted(there, x, y) - x).abs().max() <= 0.1 + 1e-6
     finally:
         here.double(), there.double()
+
+
+def test_what_a_library_calls_is_looked_at_in_every_eighth_pass(smooth):
+    _, there, x, _ = smooth
+    pipeline = Pipeline(there, torch.float64)
+    with pretend.reads() as found, torch.no_grad():
+        for _ in range(16):
+            pipeline(x.to("npu"))
+    assert sum(found.values()) == 2
+    broken = Pipeline(lambda images: there(images) * math.nan, torch.float64)
+    with pytest.raises(ValueError, match="NaN or infinite logits for 8 of 8"):
+        broken(x.to("npu"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda device: torch.arange(1, 8, 2, device=device),
+        lambda device: torch.linspace(0, 1, 5, device=device),
+        lambda device: torch.hann_window(4, device=device),
+        lambda device: torch.ones(1, 3, device=device).squeeze_(0),
+        lambda device: torch.ones(4, 3, device=device).topk(2).values,
+        lambda device: torch.nn.functional.one_hot(torch.arange(3, device=device), 4),
+    ],
+)
+def test_what_is_made_on_the_device_has_the_shape_it_has_on_the_cpu(make):
+    there, here = make("npu"), make("cpu")
+    assert there.device.type == "npu" and there.shape == here.shape and torch.equal(there.cpu(), here)
 
 
 def test_the_device_refuses_what_cuda_refuses_and_counts_reads():
