@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_call', 'make_once', 'Trained', 'build_model', 'check_course', 'build_course', 'states_of', 'fitted', 'trained',
-           'Attacked', 'attacked', 'build_answers', 'judged']
+           'Attacked', 'attacked', 'build_answers', 'judged', 'build_evaluation', 'autoattacked']
 
 # %% ../nbs/15_kept/00_kept.ipynb #c02
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .attacks import evaluate
 from .attacks.base import Attack, Model
+from .attacks.external import AutoAttack, Evaluation, evaluated
 from .data import Dataset
 from .keys import canonical
 from .models import create
@@ -197,3 +198,26 @@ def judged(
     kept = make_once("judged", spec, partial(build_answers, call), (function, attack), store).tensors
     found = {name.removeprefix("found/"): value.to(data.device) for name, value in kept.items()}
     return found[""] if "" in found else {k: found[str(k)] for k in sorted(map(int, found))}
+
+# %% ../nbs/15_kept/00_kept.ipynb #k01
+def build_evaluation(call: partial, scratch: Path) -> tuple[dict[str, Tensor], dict]:
+    "What AutoAttack finds: images and survivors as tensors, components and flags beside them."
+    found = call()
+    said = {"components": [[name, left] for name, left in found.accuracy.items()], "flags": list(found.flags)}
+    return {"x_adv": found.x_adv, "robust": found.robust}, said
+
+
+def autoattacked(
+    attack: AutoAttack,
+    model: Model,  # a module: the whole defended pipeline
+    data: Dataset,  # one image at least
+    seed: int = 0,
+    batch_size: int = 512,
+    store: Store | None = None,
+) -> tuple[Evaluation, Artifact]:
+    "What AutoAttack finds on a whole set and says of it, from the store where it was found before."
+    call = partial(evaluated, attack, model, data, seed, batch_size)
+    artifact = make_once("autoattacked", call, partial(build_evaluation, call), store=store)
+    tensors = {name: value.to(data.device) for name, value in artifact.tensors.items()}
+    said = artifact.extra
+    return Evaluation(**tensors, accuracy=dict(said["components"]), flags=tuple(said["flags"])), artifact

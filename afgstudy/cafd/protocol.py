@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PURIFIER_COLOURS', 'split_target', 'target_recipe', 'Workshop', 'survives_adaptive', 'purifier_colour', 'conclusion',
-           'answers_rightly', 'relative_change']
+           'answers_rightly', 'withstands_adaptive', 'relative_change']
 
 # %% ../../nbs/40_cafd/07_protocol.ipynb #c02
 from collections.abc import Sequence
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from ..attacks import PGD
 from ..attacks.base import Attack
 from ..attacks.evaluate import survives
+from ..attacks.external import AutoAttack, Evaluation
 from .attack import ClassActivationAttack
 from .baselines import FREE, method_named
 from .defence import CAFD, Purification
 from .networks import Denoiser
 from .training import PurifierRecipe, fitted_purifier
 from ..data import Dataset
-from ..kept import attacked, trained
+from ..kept import attacked, autoattacked, trained
 from ..models import create, features
 from ..passes import in_batches, in_mode
 from ..stats import Paired
@@ -92,6 +93,12 @@ class Workshop:
         made = attacked(attack, model, data, seed, store=self.store)
         self.used.append(made.artifact)
         return made.x
+
+    def autoattacked(self, attack: AutoAttack, model: nn.Module, data: Dataset, seed: int = 0) -> Evaluation:
+        "The same by AutoAttack, with survivors, components and flags."
+        found, artifact = autoattacked(attack, model, data, seed, store=self.store)
+        self.used.append(artifact)
+        return found
 
     def denoiser(
         self,
@@ -165,6 +172,23 @@ def conclusion(
 def answers_rightly(defence: Purification, x: Tensor, y: Tensor, batch_size: int = 256) -> Tensor:
     "`[N]` whether the defence names the right class of images that were made without knowing it."
     return in_batches(defence, x, batch_size=batch_size).label == y
+
+# %% ../../nbs/40_cafd/07_protocol.ipynb #c10c
+def withstands_adaptive(
+    shop: Workshop,
+    attack: AutoAttack,
+    defence: Purification,
+    data: Dataset,
+    seed: int = 0,
+) -> tuple[Tensor, dict[str, Evaluation]]:  # [N] bool; attack's name -> what it found
+    "As `survives_adaptive`, with the accuracy after each component of AutoAttack and its flags."
+    found = shop.autoattacked(attack, defence.pipeline, data, seed)
+    left, runs = found.robust.clone(), {attack.name: found}
+    if left.any():
+        again = shop.autoattacked(attack, defence.straight, data.take(left), seed)
+        runs[f"{attack.name}, gradient through the clip"] = again.among(len(data))
+        left[left.clone()] = again.robust
+    return left, runs
 
 # %% ../../nbs/40_cafd/07_protocol.ipynb #c12
 @torch.no_grad()

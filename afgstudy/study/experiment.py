@@ -229,6 +229,7 @@ class Experiment:
         self.figures: list[dict] = []
         self.notes: list[str] = []
         self.verdicts: list[str] = []
+        self.attacks: list[dict] = []
         self.datasets: list[dict] = []
         self.artifacts: list[dict] = []
         self._asked = len(ASKED)  # what the process took from the store before this experiment
@@ -279,6 +280,36 @@ class Experiment:
         self.verdicts = [*[t for t in self.verdicts if t != text], text]
         print(text)
 
+    def autoattack(
+        self,
+        dataset: str,
+        method: str,
+        attack: str,
+        found: Any,  # an Evaluation of AutoAttack: `accuracy` by component, as shares, and `flags`
+        seed: int | None = None,  # default: the parameter `seed`
+    ) -> None:
+        "Keep the accuracy after each component of AutoAttack, and every flag; a flagged run says so in a note."
+        run = {"dataset": dataset, "method": method, "attack": attack}
+        run["seed"] = self.parameters.get("seed") if seed is None else seed
+        self.attacks = [r for r in self.attacks if any(r[k] != run[k] for k in run)]
+        components = [{"name": k, "accuracy": _number(100 * v)} for k, v in found.accuracy.items()]
+        self.attacks.append({**run, "components": components, "flags": list(found.flags)})
+        if found.flags:
+            self.note(
+                f"{dataset}, {method}: {attack} doubts its own run (flags: {len(found.flags)}), so this accuracy "
+                "may be too high."
+            )
+
+    def components(self, digits: int = 1) -> pd.DataFrame:
+        "The runs of AutoAttack so far: accuracy in percent after each component, and the flags."
+        index = [(r["dataset"], r["method"], r["attack"], str(r["seed"])) for r in self.attacks]
+        lines = [
+            {c["name"]: text_of(c["accuracy"], digits) for c in r["components"]} | {"flags": "; ".join(r["flags"])}
+            for r in self.attacks
+        ]
+        frame = pd.DataFrame(lines, pd.MultiIndex.from_tuples(index, names=["dataset", "method", "attack", "seed"]))
+        return frame.fillna(DASH)[[c for c in frame if c != "flags"] + ["flags"]]
+
     def used(self, *things: Any) -> None:
         "Note the datasets (name, split, checksum) and artifacts (kind, key) that the numbers come from."
         for thing in things:
@@ -319,6 +350,7 @@ class Experiment:
         }
         head = {"experiment": self.name, "title": self.title, "preset": self.preset}
         body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "verdict": self.verdicts}
+        body |= {"attacks": self.attacks} if self.attacks else {}
         return scrub(head | body | {"provenance": provenance})
 
     def save(self) -> None:

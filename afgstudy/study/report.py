@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'markdown_text', 'render', 'strip', 'tables_of', 'html_table', 'markdown_table', 'radius_text', 'setting_of',
-           'seconds_text', 'provenance_lines', 'compared', 'inside', 'largest_gap', 'attacks_of', 'verdict',
-           'html_page', 'markdown_page', 'report']
+           'seconds_text', 'device_text', 'provenance_lines', 'compared', 'inside', 'largest_gap', 'attacks_of',
+           'verdict', 'html_page', 'markdown_page', 'report']
 
 # %% ../../nbs/60_study/05a_report.ipynb #c02
 import base64
@@ -144,6 +144,15 @@ def seconds_text(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def device_text(device: dict) -> str:
+    "The machine of a record in words; what an older record does not hold is left out."
+    own = [device.get("processor"), device.get("instructions")]
+    parts = [f"{device['kind']} ({device['name']})", *own, f"{device['threads']} threads"]
+    libraries = (("CUDA", "cuda"), ("cuDNN", "cudnn"), ("TF32", "tf32"))
+    parts += [f"{label} {device[field]}" for label, field in libraries if device.get(field)]
+    return ", ".join(part for part in parts if part)
+
+
 def provenance_lines(record: dict) -> dict[str, str]:
     "What a reader needs to get the same numbers: name and text."
     p = record["provenance"]
@@ -156,7 +165,7 @@ def provenance_lines(record: dict) -> dict[str, str]:
         "preset": record["preset"],
         "parameters": ", ".join(f"{k}={json.dumps(v)}" for k, v in p["parameters"].items()),
         "seeds": ", ".join(map(str, p["seeds"])),
-        "device": f"{device['kind']} ({device['name']}), {device['threads']} threads",
+        "device": device_text(device),
         "run": f"{p['started'][:16].replace('T', ' ')} UTC, {seconds_text(p['seconds'])}",
         "key": (p["key"] or "")[:12],
         "code": code,
