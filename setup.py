@@ -24,6 +24,6 @@ setup(
     packages=find_packages(include=["afgstudy", "afgstudy.*"]),
     package_data={"afgstudy": ["assets/*", "data/*.txt", "py.typed", "study/*.json", "study/templates/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "hub")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['build_call', 'make_once', 'Trained', 'build_model', 'check_course', 'build_course', 'states_of', 'fitted', 'trained',
-           'Attacked', 'attacked', 'build_answers', 'judged', 'build_evaluation', 'autoattacked']
+           'Attacked', 'attacked', 'build_answers', 'judged', 'AutoAttacked', 'build_evaluation', 'autoattacked']
 
 # %% ../nbs/15_kept/00_kept.ipynb #c02
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from .attacks import evaluate
 from .attacks.base import Attack, Model
-from .attacks.external import AutoAttack, Evaluation, evaluated
 from .data import Dataset
+from .device import generator_for
 from .keys import canonical
 from .models import create
 from .store import Artifact, Build, Store
 from .training import Objective, Recipe, Standard, copy_state, fit, training_spec
+
+if TYPE_CHECKING:
+    from afgstudy.attacks.external import AutoAttack
 
 # %% ../nbs/15_kept/00_kept.ipynb #o02
 def build_call(call: partial, scratch: Path) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict]:
@@ -199,25 +203,34 @@ def judged(
     found = {name.removeprefix("found/"): value.to(data.device) for name, value in kept.items()}
     return found[""] if "" in found else {k: found[str(k)] for k in sorted(map(int, found))}
 
-# %% ../nbs/15_kept/00_kept.ipynb #k01
-def build_evaluation(call: partial, scratch: Path) -> tuple[dict[str, Tensor], dict]:
-    "What AutoAttack finds: images and survivors as tensors, components and flags beside them."
-    found = call()
-    said = {"components": [[name, left] for name, left in found.accuracy.items()], "flags": list(found.flags)}
-    return {"x_adv": found.x_adv, "robust": found.robust}, said
+# %% ../nbs/15_kept/00_kept.ipynb #aa1
+class AutoAttacked(NamedTuple):
+    "What AutoAttack left, and what it said on the way."
+
+    survived: Tensor  # [N] bool
+    accuracy: dict[str, float]  # "clean", then the share that is left after each component
+    flags: tuple[str, ...]  # its warnings
+
+
+def build_evaluation(attack: "AutoAttack", model: Model, data: Dataset, seed: int, scratch: Path) -> tuple[dict, dict]:
+    "Run AutoAttack on a whole set; who survived, and what it said."
+    from afgstudy.attacks.external import AutoAttackWarning
+
+    with warnings.catch_warnings(action="ignore", category=AutoAttackWarning):  # the flags say the same
+        found = attack.evaluate(model, data.images(), data.y, generator_for(seed, "attack", attack.name))
+    return {"found": found.robust}, {"accuracy": list(found.accuracy.items()), "flags": list(found.flags)}
 
 
 def autoattacked(
-    attack: AutoAttack,
-    model: Model,  # a module: the whole defended pipeline
-    data: Dataset,  # one image at least
+    attack: "AutoAttack",
+    trained: Trained,
+    data: Dataset,
     seed: int = 0,
-    batch_size: int = 512,
     store: Store | None = None,
-) -> tuple[Evaluation, Artifact]:
-    "What AutoAttack finds on a whole set and says of it, from the store where it was found before."
-    call = partial(evaluated, attack, model, data, seed, batch_size)
-    artifact = make_once("autoattacked", call, partial(build_evaluation, call), store=store)
-    tensors = {name: value.to(data.device) for name, value in artifact.tensors.items()}
-    said = artifact.extra
-    return Evaluation(**tensors, accuracy=dict(said["components"]), flags=tuple(said["flags"])), artifact
+) -> AutoAttacked:
+    "AutoAttack on a trained network, from the store where it ran before."
+    spec = dict(model=trained.artifact.key, data=data.checksum, attack=attack, seed=seed)
+    build = partial(build_evaluation, attack, trained.model, data, seed)
+    kept = make_once("autoattacked", spec, build, (build_evaluation, attack), store)
+    survived = kept.tensors["found"].to(data.device)
+    return AutoAttacked(survived, dict(kept.extra["accuracy"]), tuple(kept.extra["flags"]))

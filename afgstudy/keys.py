@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHOWING', 'COMPUTING', 'PACKAGES', 'project_root', 'runs_root', 'experiments_root', 'StudyError', 'nearest',
-           'tensor_digest', 'state_digest', 'canonical', 'key_of', 'fsync', 'write_whole', 'file_checksum',
-           'python_source', 'essence', 'computes', 'package_folder', 'imported_modules', 'source_checksums', 'parts_of',
-           'code_of', 'library_versions', 'asset_checksums', 'published_checksums', 'device_kind', 'surroundings',
-           'differences', 'code_revision', 'package_versions']
+           'tensor_digest', 'state_digest', 'canonical', 'key_of', 'fsync', 'write_whole', 'file_checksum', 'Facts',
+           'facts_of', 'essence', 'python_source', 'recall_facts', 'keep_facts', 'computes', 'package_folder',
+           'imported_modules', 'source_checksums', 'parts_of', 'code_of', 'library_versions', 'asset_checksums',
+           'published_checksums', 'device_kind', 'surroundings', 'differences', 'code_revision', 'package_versions']
 
 # %% ../nbs/00_core/00_keys.ipynb #c02
 import ast
@@ -22,10 +22,12 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,33 +227,100 @@ def file_checksum(
     return checksum
 
 # %% ../nbs/00_core/00_keys.ipynb #c24
-def python_source(
-    source: str,  # a cell or a module
-) -> str:
-    "The source as plain Python: IPython's `%magic` lines become calls. `SyntaxError` for what is not Python."
-    try:
-        ast.parse(source)
-        return source
-    except SyntaxError:
-        from IPython.core.inputtransformer2 import TransformerManager
+class Facts(NamedTuple):
+    "What keys ask about a piece of Python. Making them means parsing, so they are remembered."
 
-        plain = TransformerManager().transform_cell(source)
-        ast.parse(plain)
-        return plain
+    essence: str  # see `essence`
+    imports: list  # of every import, at whatever depth: [dots, module, name or None, what it is called here]
+    strings: list  # the short strings in it
 
 
-@lru_cache(maxsize=1024)  # a hundred runs import the same modules
-def essence(
-    source: str,  # Python source
-) -> str:
-    "The source without comments, layout and docstrings: what is left when only documentation is edited."
-    tree = ast.parse(source)
+_FACTS: dict[str, Facts] = {}  # by the SHA-256 of the source
+_asked: set[str] = set()  # those that this process has used
+
+
+def _without_docstrings(tree: ast.Module) -> str:
+    "A syntax tree as source, its docstrings gone. Changes the tree."
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
             if isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], "value", None), ast.Constant):
                 node.body = body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def _imports_in(tree: ast.Module) -> Iterator[list]:
+    "Every import in a syntax tree: [dots, module, name or None, alias]."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ([0, a.name, None, a.asname or a.name] for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ([node.level, node.module or "", a.name, a.asname or a.name] for a in node.names)
+
+# %% ../nbs/00_core/00_keys.ipynb #c24a
+def facts_of(
+    source: str,  # plain Python
+) -> Facts:
+    "What keys ask about a source, parsed at most once. `SyntaxError` for what is not Python."
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    _asked.add(digest)
+    if digest not in _FACTS:
+        tree = ast.parse(source)
+        texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        imports, strings = list(_imports_in(tree)), sorted(t for t in texts if len(t) < 80)
+        _FACTS[digest] = Facts(_without_docstrings(tree), imports, strings)
+    return _FACTS[digest]
+
+
+def essence(
+    source: str,  # Python source
+) -> str:
+    "The source without comments, layout and docstrings: what is left when only documentation is edited."
+    return facts_of(source).essence
+
+
+def python_source(
+    source: str,  # a cell or a module
+) -> str:
+    "The source as plain Python: IPython's `%magic` lines become calls. `SyntaxError` for what is not Python."
+    try:
+        facts_of(source)
+        return source
+    except SyntaxError:
+        from IPython.core.inputtransformer2 import TransformerManager
+
+        plain = TransformerManager().transform_cell(source)
+        facts_of(plain)
+        return plain
+
+# %% ../nbs/00_core/00_keys.ipynb #c25b
+def _maker() -> str:
+    "What made the facts: this module and this Python."
+    return f"{_read_checksum(Path(find_spec('afgstudy.keys').origin))} {sys.version}"
+
+
+def recall_facts(file: Path) -> None:
+    "Read the facts about sources that an earlier process kept; a missing or broken file is an empty one."
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["made by"] == _maker():
+            _FACTS.update({k: Facts(*v) for k, v in known["facts"].items() if k not in _FACTS})
+            _kept.update(known["facts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+
+
+def keep_facts(file: Path, most: int = 5000) -> None:
+    "Write the facts of this process for the next one, if there are new ones. Past `most`, only those just used."
+    if _FACTS.keys() <= _kept:
+        return
+    chosen = _FACTS if len(_FACTS) <= most else {k: _FACTS[k] for k in _asked}
+    with suppress(OSError):  # what cannot be written costs time, nothing else
+        write_whole(file, json.dumps({"made by": _maker(), "facts": chosen}))
+        _kept.update(_FACTS)
+
+
+_kept: set[str] = set()  # those that a file holds
 
 # %% ../nbs/00_core/00_keys.ipynb #c27
 SHOWING = (
@@ -277,44 +346,79 @@ def package_folder() -> Path:
     return Path(sys.modules["afgstudy"].__file__).parent
 
 
-def _module_file(name: str, folder: Path) -> Path | None:
-    "The file of the module `afgstudy.x.y` under the package's folder, found without importing anything."
-    base = folder.joinpath(*name.split(".")[1:])
-    candidates = [base / "__init__.py"] + [base.with_suffix(".py")] * (base != folder)
-    return next((c for c in candidates if c.is_file()), None)
-
-
-class _Import(NamedTuple):
-    module: str
-    name: str | None  # what is imported from it; None: the module itself
-    alias: str  # what it is called here
-
-
 @lru_cache(maxsize=1024)
-def _imports(source: str, module: str, is_package: bool, package: str) -> tuple[_Import, ...]:
-    "Every import of ours in a module's source, at whatever depth it stands."
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [_Import(a.name, None, a.asname or a.name) for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parts = module.split(".")
-            above = parts[: len(parts) - node.level + is_package] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found += [_Import(base, a.name, a.asname or a.name) for a in node.names]
-    return tuple(i for i in found if i.module.split(".")[0] == package)
+def _text(path: str, size: int, changed: int) -> str:
+    "What a file of this size, changed at this time, says."
+    return Path(path).read_text(encoding="utf-8")
 
 
-def _defining(module: str, name: str | None, folder: Path, package: str, depth: int = 0) -> str | None:
-    "The module that `from module import name` leads to: a submodule, the origin of a re-export, or `module`."
-    if name and _module_file(f"{module}.{name}", folder):
-        return f"{module}.{name}"
-    file = _module_file(module, folder)
-    if name and file and file.name == "__init__.py" and depth < 20:
-        for found in _imports(file.read_text(), module, True, package):
-            if found.name and found.alias == name:
-                return _defining(found.module, found.name, folder, package, depth + 1)
-    return module if file else None
+def _text_of(path: Path) -> str:
+    "What a file says; read once, as long as its size and time stay."
+    stat = os.stat(path)
+    return _text(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _python_files(folder: str) -> Iterator[tuple[str, int, int]]:
+    "Path, size and time of every Python file below a folder."
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and entry.name != "__pycache__":
+                yield from _python_files(entry.path)
+            elif entry.name.endswith(".py"):
+                stat = entry.stat()
+                yield entry.path, stat.st_size, stat.st_mtime_ns
+
+# %% ../nbs/00_core/00_keys.ipynb #c29a
+class _Package:
+    "The modules of a package as they are on disk at one moment; what a module imports is worked out once."
+
+    def __init__(self, name: str, folder: str, files: tuple[tuple[str, int, int], ...]):
+        self.name, self.files, self.reached = name, {}, {}
+        for path, size, changed in files:
+            parts = Path(path).relative_to(folder).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            module = ".".join([name, *(parts[:-1] if is_package else parts)])
+            if is_package or module not in self.files:
+                self.files[module] = (path, size, changed)
+
+    def imports(self, source: str, module: str, is_package: bool = False) -> list[tuple[str, str | None, str]]:
+        "Every import from this package in a module's source: module, name or None, what it is called there."
+        found, parts = [], module.split(".")
+        for dots, base, name, alias in facts_of(source).imports:
+            above = parts[: len(parts) - dots + is_package] if dots else []
+            found.append((".".join([*above, *([base] if base else [])]), name, alias))
+        return [f for f in found if f[0].split(".")[0] == self.name]
+
+    def imports_of(self, module: str) -> list[tuple[str, str | None, str]]:
+        "The imports of one of the package's own modules."
+        path, size, changed = self.files[module]
+        return self.imports(_text(path, size, changed), module, path.endswith("__init__.py"))
+
+    def defining(self, module: str, name: str | None, depth: int = 0) -> str | None:
+        "The module that `from module import name` leads to: a submodule, the origin of a re-export, or `module`."
+        if name and f"{module}.{name}" in self.files:
+            return f"{module}.{name}"
+        if name and depth < 20 and self.files.get(module, ("",))[0].endswith("__init__.py"):
+            for base, inner, alias in self.imports_of(module):
+                if inner and alias == name:
+                    return self.defining(base, inner, depth + 1)
+        return module if module in self.files else None
+
+    def leads_to(self, found: Iterable[tuple[str, str | None, str]]) -> set[str]:
+        "The computing modules that imports lead to."
+        return {m for module, name, _ in found if (m := self.defining(module, name)) and computes(m)}
+
+    def next_of(self, module: str) -> set[str]:
+        "The computing modules that a module imports."
+        if module not in self.reached:
+            self.reached[module] = self.leads_to(self.imports_of(module))
+        return self.reached[module]
+
+# %% ../nbs/00_core/00_keys.ipynb #c29b
+@lru_cache(maxsize=8)
+def _package(name: str, folder: str, files: tuple[tuple[str, int, int], ...]) -> _Package:
+    "The package that these files make."
+    return _Package(name, folder, files)
 
 # %% ../nbs/00_core/00_keys.ipynb #c30
 def imported_modules(
@@ -323,16 +427,14 @@ def imported_modules(
     folder: Path | None = None,  # where its source is; default: the package that is imported now
 ) -> dict[str, Path]:
     "The modules of the package that these sources import and that compute, transitively, and their files."
-    folder = folder or Path(sys.modules[package].__file__).parent
-    todo = [found for s in sources for found in _imports(s, "__main__", False, package)]
-    files: dict[str, Path] = {}
+    folder = str(folder or Path(sys.modules[package].__file__).parent)
+    here = _package(package, folder, tuple(sorted(_python_files(folder))))
+    todo = set().union(*(here.leads_to(here.imports(s, "__main__")) for s in sources))
+    seen: set[str] = set()
     while todo:
-        found = todo.pop()
-        module = _defining(found.module, found.name, folder, package)
-        if module and module not in files and computes(module):
-            file = files[module] = _module_file(module, folder)
-            todo += _imports(file.read_text(), module, file.name == "__init__.py", package)
-    return dict(sorted(files.items()))
+        seen.add(module := todo.pop())
+        todo |= here.next_of(module) - seen
+    return {m: Path(here.files[m][0]) for m in sorted(seen)}
 
 
 def source_checksums(
@@ -341,7 +443,7 @@ def source_checksums(
 ) -> dict[str, str]:
     "Checksum of the `essence` of every module of ours that these sources import and that computes, transitively."
     files = imported_modules(sources, **where)
-    return {m: hashlib.sha256(essence(f.read_text()).encode()).hexdigest() for m, f in files.items()}
+    return {m: hashlib.sha256(essence(_text_of(f)).encode()).hexdigest() for m, f in files.items()}
 
 # %% ../nbs/00_core/00_keys.ipynb #c35
 def parts_of(
@@ -413,30 +515,40 @@ COMPUTING = {  # what is imported -> what is installed
 }
 
 
-@lru_cache(maxsize=1024)
-def _imported_packages(source: str) -> frozenset[str]:
-    "The top-level names of everything a source imports."
-    nodes = list(ast.walk(ast.parse(source)))
-    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
-    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level]
-    return frozenset(name.split(".")[0] for name in names)
+@lru_cache(maxsize=64)  # reading it takes a millisecond
+def _version(distribution: str) -> str:
+    "The version of an installed package."
+    return metadata.version(distribution)
 
 
 def library_versions(
     sources: Iterable[str],  # plain Python
 ) -> dict[str, str]:
     "The versions of torch and of the computing libraries that these sources import."
-    names = {"torch"}.union(*map(_imported_packages, sources)) & COMPUTING.keys()
-    return {COMPUTING[n]: metadata.version(COMPUTING[n]) for n in sorted(names)}
+    imports = [i for s in sources for i in facts_of(s).imports]
+    names = {"torch", *(module.split(".")[0] for dots, module, *_ in imports if not dots)} & COMPUTING.keys()
+    return {COMPUTING[n]: _version(COMPUTING[n]) for n in sorted(names)}
 
 # %% ../nbs/00_core/00_keys.ipynb #c41
+@lru_cache(maxsize=256)
+def _checksum(path: str, size: int, changed: int) -> str:
+    "The SHA-256 of a file of this size, changed at this time."
+    return _read_checksum(Path(path))
+
+
+def _checksum_once(path: Path) -> str:
+    "The SHA-256 of a file that many runs depend on, read once as long as its size and time stay."
+    stat = os.stat(path)
+    return _checksum(str(path), stat.st_size, stat.st_mtime_ns)
+
+
 def asset_checksums(
     modules: Iterable[Path],  # files of modules
 ) -> dict[str, str]:
     "Checksums of the package's label maps, if one of these modules mentions them."
     assets = package_folder() / "assets"
-    reads = any("assets" in file.read_text() for file in modules)
-    return {f.name: file_checksum(f) for f in sorted(assets.glob("*")) if f.is_file()} if reads else {}
+    reads = any("assets" in _text_of(file) for file in modules)
+    return {f.name: _checksum_once(f) for f in sorted(assets.glob("*")) if f.is_file()} if reads else {}
 
 
 def published_checksums(
@@ -445,9 +557,8 @@ def published_checksums(
 ) -> dict[str, str]:
     "Checksums of the published tables whose paper one of these cells names as a string."
     folder = folder or project_root() / "data" / "published"
-    nodes = [n for s in sources for n in ast.walk(ast.parse(s)) if isinstance(n, ast.Constant)]
-    named = {n.value for n in nodes if isinstance(n.value, str)}
-    return {f.name: file_checksum(f) for f in sorted(folder.glob("*")) if f.stem in named}
+    named = {text for s in sources for text in facts_of(s).strings}
+    return {f.name: _checksum_once(f) for f in sorted(folder.glob("*")) if f.stem in named}
 
 # %% ../nbs/00_core/00_keys.ipynb #c44
 def device_kind() -> str:
@@ -467,8 +578,9 @@ def surroundings(
 ) -> dict:  # code, versions, assets, device
     "All that decides a result beside its settings."
     reached = code_of(*code)
-    files = [f for m in reached if (f := _module_file(m, package_folder()))]
-    versions = library_versions(f.read_text() for f in files)
+    ours = [f"import {m}" for m in reached if m.startswith("afgstudy")]
+    files = [f for m, f in imported_modules(ours).items() if m in reached]
+    versions = library_versions(_text_of(f) for f in files)
     return {"code": reached, "versions": versions, "assets": asset_checksums(files), "device": device_kind()}
 
 # %% ../nbs/00_core/00_keys.ipynb #c47

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'as_booleans', 'proportion', 'mean_over_seeds', 'detectable', 'power_for', 'look_levels', 'Look',
-           'at_look', 'Paired', 'paired', 'macro_average', 'ROC', 'roc']
+           'at_look', 'decision', 'Paired', 'paired', 'macro_average', 'ROC', 'roc']
 
 # %% ../nbs/00_core/10_stats.ipynb #c02
 import math
@@ -142,6 +142,21 @@ def at_look(
         return None
     k, level = reached[-1], look_levels(looks, alpha)[reached[-1]]
     return Look(mean_over_seeds(differences[: looks[k]], 1 - level), level, k == len(looks) - 1)
+
+# %% ../nbs/00_core/10_stats.ipynb #lk5
+def decision(
+    look: Look | None,
+    claimed: float | None = None,  # the difference that was claimed, > 0, in the estimate's unit
+) -> str:  # "above", "below", "not above by as much as claimed" or "undecided"
+    "What a look decides: an interval that contains zero decides nothing, unless it excludes what was claimed."
+    if look is None or not math.isfinite(look.estimate.low):
+        return "undecided"
+    if look.estimate.low > 0:
+        return "above"
+    if look.estimate.high < 0:
+        return "below"
+    excluded = claimed is not None and look.estimate.high < claimed
+    return "not above by as much as claimed" if excluded else "undecided"
 
 # %% ../nbs/00_core/10_stats.ipynb #c13
 class Paired(NamedTuple):

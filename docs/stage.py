@@ -432,7 +432,8 @@ def results(site: Site) -> list[Result]:
 
 def facts(site: Site, result: Result, source: str) -> str:
     "The box above a result: its verdict, where its numbers come from, links."
-    from afgstudy.study.report import render, seconds_text, setting_of, verdict
+    from afgstudy.study.planning import seconds_text
+    from afgstudy.study.report import render, setting_of, verdict
 
     said = result.record["provenance"]
     about = [f"Preset {result.preset}", setting_of(result.record)]

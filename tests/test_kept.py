@@ -7,10 +7,10 @@ from threading import Thread
 import pytest
 import torch
 
-from afgstudy.attacks import FGSM, AutoAttack
+from afgstudy.attacks import FGSM
 from afgstudy.attacks.universal import FittedUniversal
 from afgstudy.data import load
-from afgstudy.kept import attacked, autoattacked, fitted, judged, make_once, trained
+from afgstudy.kept import attacked, fitted, judged, make_once, trained
 from afgstudy.models import create
 from afgstudy.store import NOWHERE, Store
 from afgstudy.training import Madry, Recipe
@@ -113,15 +113,3 @@ def test_judging_needs_the_network_only_for_a_new_question(tmp_path, digits):
     for question in (dict(attack=FGSM(eps=0.2)), dict(attack=FGSM(eps=0.1), seed=1), dict(attack=None)):
         with pytest.raises((TypeError, AttributeError, ValueError)):
             judged(survives, broken, digits, store=store, **question)
-
-
-def test_what_autoattack_says_is_kept_with_its_images(tmp_path, digits):
-    model = create("lenet5", channels=1, size=28, seed=0).eval()
-    attack, few = AutoAttack(eps=0.1, steps=2, queries=5), digits.take(slice(0, 6))
-    (found, one), (again, two) = (autoattacked(attack, model, few, store=Store(tmp_path)) for _ in range(2))
-    assert one.key == two.key and len(Store(tmp_path).ls()) == 1
-    assert list(again.accuracy) == ["clean", *("apgd-ce", "apgd-t", "fab-t", "square")] == list(found.accuracy)
-    assert again.accuracy == found.accuracy and again.flags == found.flags
-    assert torch.equal(again.x_adv, found.x_adv) and again.robust.dtype == torch.bool
-    _, other = autoattacked(replace(attack, queries=6), model, few, store=Store(tmp_path))
-    assert other.key != one.key

@@ -73,6 +73,13 @@ def test_only_what_no_record_and_no_run_refers_to_goes(runs):
     assert {a.key for a in Store().ls()} == {named.key, committed.key, about.key}
 
 
+def test_records_that_name_nothing_are_counted_before_the_question(runs):
+    put(0)
+    assert "name no artifact" not in command("gc --unused-for 0", input="n\n")
+    record(runs / "smoke" / "toy" / "1")
+    assert "1 records name no artifact" in command("gc --unused-for 0", input="n\n")
+
+
 def test_nothing_goes_without_an_answer(runs):
     alone = put(0)
     command("gc --unused-for 0", status=1, input="")

@@ -352,13 +352,13 @@ def test_a_record_holds_what_autoattack_said(sandbox, capsys):
     exp = Experiment("toy/table1", {"seed": 0})
     stages = {"clean": 0.9, "apgd-ce": 0.5, "square": 0.25}
     found = Evaluation(torch.zeros(4, 1, 2, 2), torch.zeros(4).bool(), stages, ("Square is stronger",))
-    for method, said in (("RAW", replace(found, flags=())), ("ALP", found), ("ALP", found)):
-        exp.autoattack("mnist", method, "AutoAttack", said)
+    for method, said in (("RAW", replace(found, flags=())), ("ALP", found)):
+        exp.components("mnist", method, "AutoAttack", said.accuracy, said.flags)
     raw, alp = records.check_record(exp.record())["attacks"]
     assert raw["components"] == [{"name": k, "accuracy": 100 * v} for k, v in stages.items()]
     assert (raw["flags"], alp["flags"], alp["seed"]) == ([], ["Square is stronger"], 0)
     assert len(exp.notes) == 1 and "ALP" in exp.notes[0] and "may be too high" in capsys.readouterr().out
-    shown = exp.components()
+    shown = exp.stages()
     assert list(shown) == ["clean", "apgd-ce", "square", "flags"] and shown.iloc[1, 2] == "25.0"
 
 

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,27 +280,25 @@ class Experiment:
         self.verdicts = [*[t for t in self.verdicts if t != text], text]
         print(text)
 
-    def autoattack(
+    def components(
         self,
         dataset: str,
         method: str,
         attack: str,
-        found: Any,  # an Evaluation of AutoAttack: `accuracy` by component, as shares, and `flags`
+        accuracy: Mapping[str, float],  # "clean", then the share left after each component of AutoAttack
+        flags: Sequence[str] = (),  # its warnings
         seed: int | None = None,  # default: the parameter `seed`
     ) -> None:
-        "Keep the accuracy after each component of AutoAttack, and every flag; a flagged run says so in a note."
-        run = {"dataset": dataset, "method": method, "attack": attack}
-        run["seed"] = self.parameters.get("seed") if seed is None else seed
-        self.attacks = [r for r in self.attacks if any(r[k] != run[k] for k in run)]
-        components = [{"name": k, "accuracy": _number(100 * v)} for k, v in found.accuracy.items()]
-        self.attacks.append({**run, "components": components, "flags": list(found.flags)})
-        if found.flags:
-            self.note(
-                f"{dataset}, {method}: {attack} doubts its own run (flags: {len(found.flags)}), so this accuracy "
-                "may be too high."
-            )
+        "Keep the accuracy after each component of a run of AutoAttack, and every flag that it raised."
+        seed = self.parameters.get("seed") if seed is None else seed
+        entry = dict(dataset=dataset, method=method, attack=attack, seed=seed)
+        entry["components"] = [{"name": k, "accuracy": _number(100 * v)} for k, v in accuracy.items()]
+        self.attacks.append(entry | {"flags": list(flags)})
+        if flags:
+            doubt = f"{attack} doubts its own run (flags: {len(flags)}), so this accuracy may be too high."
+            self.note(f"{dataset}, {method}: {doubt}")
 
-    def components(self, digits: int = 1) -> pd.DataFrame:
+    def stages(self, digits: int = 1) -> pd.DataFrame:
         "The runs of AutoAttack so far: accuracy in percent after each component, and the flags."
         index = [(r["dataset"], r["method"], r["attack"], str(r["seed"])) for r in self.attacks]
         lines = [
@@ -312,7 +310,7 @@ class Experiment:
 
     def used(self, *things: Any) -> None:
         "Note the datasets (name, split, checksum) and artifacts (kind, key) that the numbers come from."
-        for thing in things:
+        for thing in (t for t in things if t is not None):
             if hasattr(thing, "manifest"):
                 kept, entry = self.artifacts, {"kind": thing.kind, "key": thing.key}
             else:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'markdown_text', 'render', 'strip', 'tables_of', 'html_table', 'markdown_table', 'radius_text', 'setting_of',
-           'seconds_text', 'device_text', 'provenance_lines', 'compared', 'inside', 'largest_gap', 'attacks_of',
-           'verdict', 'html_page', 'markdown_page', 'report']
+           'device_text', 'provenance_lines', 'compared', 'inside', 'largest_gap', 'attacks_of', 'verdict', 'html_page',
+           'markdown_page', 'report']
 
 # %% ../../nbs/60_study/05a_report.ipynb #c02
 import base64
@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from ..keys import StudyError, runs_root, write_whole
 from .experiment import DASH, cells_of
+from .planning import seconds_text
 from .records import committed_records, latest_records
 
 # %% ../../nbs/60_study/05a_report.ipynb #c05
@@ -134,16 +135,6 @@ def setting_of(record: dict) -> str:
     return ", ".join([*parts, *([str(said["network"])] if isinstance(said.get("network"), str) else [])])
 
 # %% ../../nbs/60_study/05a_report.ipynb #c14
-def seconds_text(seconds: float | None) -> str:
-    "A duration as people say it."
-    if seconds is None:
-        return DASH
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def device_text(device: dict) -> str:
     "The machine of a record in words; what an older record does not hold is left out."
     own = [device.get("processor"), device.get("instructions")]
