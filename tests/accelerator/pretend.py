@@ -52,6 +52,9 @@ class Elsewhere(torch.Tensor):
     def __array__(self, *_):
         return self.numpy()
 
+    def __reduce_ex__(self, protocol):
+        return self.cpu().__reduce_ex__(protocol)
+
     def new_tensor(self, data, **options):
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device} | options)
 
