@@ -24,6 +24,10 @@ setup(
     packages=find_packages(include=["afgstudy", "afgstudy.*"]),
     package_data={"afgstudy": ["assets/*", "data/*.txt", "py.typed", "study/*.json", "study/templates/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "ray", "dask")},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "afgstudy.engines": cfg["engines"].split(),
+        "papermill.engine": cfg["papermill_engines"].split(),
+    },
 )
