@@ -23,8 +23,11 @@ SSE41 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(ONE_THREAD)
 AVX2  := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(TWO_THREADS)
 LIBRARY_NOTEBOOKS := $(BIN)/nbdev_test --skip_folder_re '^[_.]|experiments|benchmarks' --do_print
 
-.DEFAULT_GOAL := study
-.PHONY: study test test-elsewhere test-sse41-notebooks docs data lab setup clean
+.DEFAULT_GOAL := help
+.PHONY: help study test test-elsewhere test-sse41-notebooks docs data lab setup clean
+
+help:  # the lines at the top of this file
+	@sed -n '/^#   make /s/^# *//p' Makefile
 
 study: setup
 	@$(BIN)/afgstudy run --all --preset $(PRESET) --jobs $(JOBS)

@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["afgstudy", "afgstudy.*"]),
     package_data={"afgstudy": ["assets/*", "data/*.txt", "py.typed", "study/*.json", "study/templates/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "ray", "dask")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "hub", "ray", "dask")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "afgstudy.engines": cfg["engines"].split(),

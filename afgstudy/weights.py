@@ -230,7 +230,7 @@ def listing(root: str | Path | None = None) -> "pd.DataFrame":
         rows.append((w.name, w.network, "yes" if here else "no", how, w.gives, w.licence, w.source))
     return pd.DataFrame(rows, columns="name network here get gives licence source".split()).set_index("name")
 
-# %% ../nbs/00_core/07a_weights.ipynb #c25
+# %% ../nbs/00_core/07a_weights.ipynb #c25a
 def _refuse(weights: Weights, root: Path) -> None:
     "Raise DownloadError for what no program makes."
     if weights.download is None:
@@ -261,7 +261,7 @@ def _make(weights: Weights, root: Path) -> None:
         part.unlink(missing_ok=True)
     source.unlink()
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c25
 def get(
     name: str,
     root: str | Path | None = None,  # default: `AFGSTUDY_WEIGHTS`

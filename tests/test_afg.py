@@ -28,6 +28,7 @@ from afgstudy.afg.genome import (
     OtherGenomes,
     UnfinishedGenomes,
     build_genomes,
+    describe_genomes,
     luminance,
     part_path,
     stitch,
@@ -481,6 +482,25 @@ def test_a_folder_of_something_else_is_refused_by_name(tmp_path, painter, what):
         GenomeSet(tmp_path / "nowhere")
 
 
+def test_a_variant_that_is_off_changes_no_name_and_one_that_is_on_does(model, x):
+    "Genomes that were drawn before the variant existed are found under the names they have."
+    names = ("size", "steps", "lr", "start", "pad", "jitter", "settle", "scale", "turn", "redirect", "seed", "shown")
+    variants = (TINY, replace(TINY, normalised=True))
+    plain, stable = (describe_genomes(Genome(("relu5",), drawing=d), model, x) for d in variants)
+    assert tuple(plain["genome"]["drawing"]) == names
+    assert stable["genome"]["drawing"] == plain["genome"]["drawing"] | {"normalised": True}
+
+
+def test_a_stable_drawing_does_not_hang_on_the_length_of_the_gradient(model, x):
+    directions = {k: g.channels for k, g in group_features(model, x[:2], ["relu3"]).items()}
+    longer = {k: 50 * v for k, v in directions.items()}
+    drawn = lambda v, how: visualise(model, v, how)["relu3"]  # noqa: E731
+    stable = Visualiser.stable(16, steps=3)
+    assert torch.allclose(drawn(directions, stable), drawn(longer, stable), atol=1e-3)
+    assert {looks(stable)[k] for k in range(3)} == {(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}  # no moves
+    assert not torch.equal(drawn(directions, stable), drawn(directions, replace(stable, normalised=False)))
+
+
 def test_memory_settings_do_not_make_another_set(tmp_path, painter):
     net, x = nn.Linear(1, 1), torch.rand(3, 1, 2, 2)
     build_genomes(tmp_path, painter, net, x)
@@ -842,6 +862,14 @@ def test_no_source_is_on_both_sides_and_every_attacked_sample_was_changed(materi
     )
 
 
+def test_noise_is_of_every_source_and_as_long_as_the_attack(material):
+    noise = material.sample("noise of BIM", True)
+    assert torch.equal(noise.source, material.sample("clean", True).source)
+    clean, hit, noisy = (material.images(kind) for kind in ("clean", "BIM", "noise of BIM"))
+    assert torch.allclose(norms(noisy - clean), norms(hit - clean), rtol=0.05, atol=1e-4)
+    assert material.success("noise of BIM").all() and not torch.equal(noisy, hit)
+
+
 def test_a_split_by_sample_examines_nothing_that_was_studied(material):
     both = (False, True)
     parts = {kind: joined([material.sample(kind, side) for side in both]) for kind in ("clean", "FGSM", "BIM")}
@@ -916,7 +944,9 @@ def test_second_networks_come_back_from_the_store(material, tmp_path):
     store = Counting(tmp_path)
 
     fits = [Second(second_epochs=2).fit(rows.genome, target, store)[0] for _ in range(2)]
-    assert calls == ["second"] and torch.equal(fits[0](rows.genome), fits[1](rows.genome))
+    weights = [f.score.state_dict() for f in fits]
+    assert calls == ["second"] and all(v.equal(weights[1][k]) for k, v in weights[0].items())
+    assert torch.allclose(fits[0](rows.genome), fits[1](rows.genome), atol=1e-4)
 
 
 # --- the command ---

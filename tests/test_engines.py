@@ -1,7 +1,6 @@
 """Engines: who runs the jobs. Those of Ray and Dask are real, on 127.0.0.1; without the package they are skipped."""
 
 import json
-import os
 import threading
 from dataclasses import replace
 from pathlib import Path

@@ -73,6 +73,13 @@ def test_only_what_no_record_and_no_run_refers_to_goes(runs):
     assert {a.key for a in Store().ls()} == {named.key, committed.key, about.key}
 
 
+def test_records_that_name_nothing_are_counted_before_the_question(runs):
+    put(0)
+    assert "name no artifact" not in command("gc --unused-for 0", input="n\n")
+    record(runs / "smoke" / "toy" / "1")
+    assert "1 records name no artifact" in command("gc --unused-for 0", input="n\n")
+
+
 def test_nothing_goes_without_an_answer(runs):
     alone = put(0)
     command("gc --unused-for 0", status=1, input="")
@@ -266,6 +273,15 @@ def test_a_full_disk_leaves_no_half_parcel(runs, tmp_path, monkeypatch, seen):
         assert there.ls() == [] and not [p for p in there.root.rglob("*") if p.suffix != ".lock" and p.is_file()]
         assert "the disk is full" in command(f"export {other.key[:12]} --to {folder}", status=1)
     assert [became for _, became in import_from(folder, there)] == ["imported"]
+
+
+def test_the_list_says_what_an_attacked_set_is(runs):
+    from afgstudy.attacks import FGSM
+    from afgstudy.kept import attacked
+    from afgstudy.models import create
+
+    attacked(FGSM(eps=0.1), create("lenet5", channels=1, size=28, seed=0).eval(), load("digits", "test", n=4), seed=7)
+    assert "call=attacked, FGSM, 7, 512" in command("ls")
 
 
 def test_mistakes_are_one_line(runs, tmp_path):

@@ -122,7 +122,7 @@ def describe_genomes(
 ) -> dict:
     "The manifest of a set of genomes, as plain JSON."
     settings = asdict(genome) | {"layers": list(genome.layers), "at": list(genome.at)}
-    settings["drawing"].pop("batch_size")  # decides memory, not results
+    settings["drawing"] = genome.drawing.described
     title = model.config.get("name", "") if isinstance(model, Classifier) else type(model).__name__
     return {
         "format": FORMAT, "model": title, "weights": state_digest(model), "genome": settings,

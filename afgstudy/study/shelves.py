@@ -30,11 +30,18 @@ def weights_list(verbose: bool) -> None:
             click.echo(f"    SHA-256: {known.sha256 or 'of the source begins ' + known.download.sha256}")
 
 # %% ../../nbs/60_study/06a_shelves.ipynb #c06
+def _file_names(ctx: click.Context, option: click.Parameter, start: str) -> list[str]:
+    "The files of weights that begin so, for the shell."
+    from afgstudy.weights import WEIGHTS
+
+    return [name for name in WEIGHTS if name.startswith(start)]
+
+
 _TO = click.option("--to", "folder", type=click.Path(), help="The folder.  [default: AFGSTUDY_WEIGHTS]")
 
 
 @weights.command("get")
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=_file_names)
 @_TO
 def weights_get(names: tuple[str, ...], folder: str | None) -> None:
     "Download and convert files of weights; every checksum is compared. Prints where each is."
@@ -45,7 +52,7 @@ def weights_get(names: tuple[str, ...], folder: str | None) -> None:
 
 
 @weights.command("check")
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=_file_names)
 @click.option("--in", "folder", type=click.Path(), help="The folder.  [default: AFGSTUDY_WEIGHTS]")
 def weights_check(names: tuple[str, ...], folder: str | None) -> None:
     "Compare files with their checksums; without NAMES those that are here. Status 1 if one is missing or wrong."
