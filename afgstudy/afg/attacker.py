@@ -40,7 +40,8 @@ def descend(
             value = loss(leaf)
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
         better = value.detach() < least
-        best[better], least = at[better], torch.where(better, value.detach(), least)
+        best = torch.where(better[:, None, None, None], at, best)
+        least = torch.where(better, value.detach(), least)
         size = (step_size or eps / 4) * (1 + math.cos(math.pi * step / max(steps, 1))) / 2
         at = torch.minimum(torch.maximum(at - size * gradient.sign(), low), high)
     return best
@@ -106,8 +107,9 @@ class StandIn(nn.Module):
     def __init__(self, model: nn.Module, layers: Sequence[str], weight: Tensor, bias: Tensor):
         super().__init__()
         self.read = features(model, layers)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        device = next(model.parameters()).device
+        self.register_buffer("weight", weight.to(device))
+        self.register_buffer("bias", bias.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = [m.relu().mean((2, 3)) for m in self.read(x)[1].values()]

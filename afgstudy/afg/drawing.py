@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..attacks.base import frozen
-from ..device import generator_for
+from ..device import generator_for, is_accelerator
 from ..models import features
 
 # %% ../../nbs/50_afg/02_drawing.ipynb #c05
@@ -152,7 +152,7 @@ class _Redirected(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         usual = torch.ops.aten.threshold_backward(gradient, x, 0)
         blocked = ~(usual != 0).flatten(1).any(1).view(-1, *[1] * (x.ndim - 1))
-        if not blocked.any():  # the rule: nearly every step costs one look at the gradient, no more
+        if not is_accelerator(x) and not blocked.any():  # the rule; asking a GPU costs more than the other branch
             return usual
         upwards = torch.where((x < 0) & (gradient > 0), 0.0, gradient)  # a positive gradient would lower x
         return torch.where(blocked, upwards, usual)
@@ -244,7 +244,7 @@ def visualise(
             if where is not None:
                 spots = where[layer].flatten(0, 1)
                 spots = spots / spots.mean((1, 2), keepdim=True).clamp_min(1e-12)
-            parts, at_once = [], settings.pictures_at_once(v.is_cuda)
+            parts, at_once = [], settings.pictures_at_once(is_accelerator(v))
             for k in range(0, len(v) * v.shape[1], at_once):
                 part = slice(k, k + at_once)
                 rows = v.flatten(0, 1)[part]

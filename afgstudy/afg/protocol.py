@@ -39,7 +39,7 @@ from .separation import equal_norm_noise, small_vgg
 from ..attacks import BIM, FGSM, DeepFool
 from ..attacks.base import Attack
 from ..data import Dataset, load, stratified
-from ..device import default_device, generator_for
+from ..device import default_device, generator_for, is_accelerator
 from ..kept import attacked, make_once
 from ..keys import canonical, state_digest
 from ..models import Classifier, about_weights, create, features, head, penultimate
@@ -260,7 +260,7 @@ class Material:
     @property
     def batch(self) -> int:
         "Images at a time; large photographs in large batches only fill a CPU's memory."
-        return 256 if self.pool.x.is_cuda or self.protocol.size < 100 else 16
+        return 256 if is_accelerator(self.pool.x) or self.protocol.size < 100 else 16
 
     def images(self, kind: str) -> Tensor:
         'All sources, `[n, C, H, W]`: `"clean"`, attacked by the attack of this name, or `"noise of "` and a name.'

@@ -97,15 +97,15 @@ class _Running:
 
     def add(self, values: Tensor) -> None:
         values = values.double()
-        n, mean = len(values), values.mean().item()
+        n, mean = len(values), values.mean()
         delta, total = mean - self.mean, self.n + n
-        self.squares += (values - mean).square().sum().item() + delta**2 * self.n * n / total
+        self.squares = self.squares + (values - mean).square().sum() + delta**2 * self.n * n / total
         self.mean, self.n = self.mean + delta * n / total, total
 
     @property
     def error(self) -> float:
         "The standard error of the mean."
-        return (self.squares / max(self.n - 1, 1) / self.n) ** 0.5
+        return (float(self.squares) / max(self.n - 1, 1) / self.n) ** 0.5
 
 # %% ../../nbs/50_afg/00_separation.ipynb #c14
 @torch.no_grad()
@@ -128,18 +128,19 @@ def separability(
         raise ValueError("separability of nothing: give at least one layer and one pair of batches")
     columns = ["layer", "distance", "distance_error", "kl", "kl_error", "n"]
     return pd.DataFrame(
-        [(k, d.mean, d.error, q.mean, q.error, d.n) for k, (d, q) in sums.items()], columns=columns
+        [(k, float(d.mean), d.error, float(q.mean), q.error, d.n) for k, (d, q) in sums.items()], columns=columns
     )
 
 # %% ../../nbs/50_afg/00_separation.ipynb #c16
 def equal_norm_noise(
     x: Tensor,  # [B, C, H, W] in [0, 1]
     x_adv: Tensor,  # as x: the attacked images
-    generator: torch.Generator | None = None,  # on the device of x
+    generator: torch.Generator | None = None,  # on any device
 ) -> Tensor:  # as x
     "`x` plus Gaussian noise as long (L2, after clipping) as each image's own perturbation; clean if that is 0."
     wanted = norms(x_adv - x)
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    place = generator.device if generator else x.device
+    noise = torch.randn(x.shape, generator=generator, device=place, dtype=x.dtype).to(x.device)
     scale, noisy = wanted / norms(noise).clamp_min(FLOOR), x
     for _ in range(6):
         noisy = (x + per_image(scale, x) * noise).clamp(0, 1)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/16_judge/index.ipynb #c02
 from .attackers import QUICK, THOROUGH, Effort
+from .checks import Check
 from .judgement import Judgement, judge, rows_of
 from .subject import DefenceError, Subject, Threat, subject_of
 
@@ -14,6 +15,7 @@ from .subject import DefenceError, Subject, Threat, subject_of
 __all__ = [
     "QUICK",
     "THOROUGH",
+    "Check",
     "DefenceError",
     "Effort",
     "Judgement",

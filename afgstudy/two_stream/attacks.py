@@ -15,7 +15,9 @@ from ..attacks import BIM, FGSM, MIFGSM, CarliniWagner, DeepFool, PixelAttack
 from ..attacks.base import Attack, ImageNoise, check_radius
 from ..attacks.gradient import linf_box
 from ..defence import outcome
+from ..device import may_look
 from .defence import TwoStream, check_images, decide, resize
+from .labels import placed
 
 # %% ../../nbs/30_two_stream/03_attacks.ipynb #c05
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def wrong_categories(
     "The categories an attacker can aim at, the likeliest first."
     scores = model.logits(x).scatter(1, y[:, None], -torch.inf)
     empty = [k for k, group in enumerate(model.categorised.groups[: scores.shape[1]]) if not group]
-    scores[:, empty] = -torch.inf
+    scores[:, placed(tuple(empty), x.device)] = -torch.inf
     order = scores.argsort(dim=1, descending=True, stable=True)
     width = int(torch.isfinite(scores).sum(1).min()) if len(x) else 0
     return order[:, : width if most is None else min(most, width)]
@@ -124,20 +126,24 @@ class AdaptiveAttack(Attack):
     def walk(self, model: TwoStream, x: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         "Towards one target each: images `[B, C, H, W]`, and which of them succeed `[B]`."
         result, success = x.clone(), torch.zeros_like(y, dtype=torch.bool)
-        here, at, (darkest, brightest) = torch.arange(len(x), device=x.device), x, linf_box(x, self.eps)
+        here, at, done = torch.arange(len(x), device=x.device), x, success
+        darkest, brightest = linf_box(x, self.eps)
         for step in range(self.steps + 1):
             with torch.enable_grad():
                 leaf = at.detach().requires_grad_()
                 high, low = model.both(leaf)
                 score = model.scores(high, low).gather(1, target[here][:, None]).sum()
             verdict = decide(model.evidence(high.detach(), low.detach()), model.p1, model.p2)
-            won = outcome(verdict, y[here]).wrong
-            result[here], success[here] = at, won
-            if step == self.steps or won.all():
+            done = done | outcome(verdict, y[here]).wrong
+            result[here], success[here] = at, done
+            left = (~done).nonzero().squeeze(1) if may_look(step, x) else None
+            if step == self.steps or (left is not None and not len(left)):
                 break
             (gradient,) = torch.autograd.grad(score, leaf)
-            at = torch.clamp(at + self.step_size * gradient.sign(), darkest[here], brightest[here])
-            at, here = at[~won], here[~won]
+            moved = torch.clamp(at + self.step_size * gradient.sign(), darkest[here], brightest[here])
+            at = torch.where(done[:, None, None, None], at, moved)  # who has won waits for the next look
+            if left is not None:
+                at, here, done = at[left], here[left], done[left]
         return result, success
 
 # %% ../../nbs/30_two_stream/03_attacks.ipynb #c16

@@ -9,6 +9,7 @@ __all__ = ['RESIZE', 'EMPTY', 'resize', 'Evidence', 'evidence_of', 'products', '
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c02
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from ..attacks.base import Model
 from ..attacks.wrappers import straight_clip
 from ..defence import Outcome, Verdict
+from ..device import is_accelerator
 from ..passes import in_mode
-from .labels import OTHER, LabelMap, identity_map, read_map
+from .labels import OTHER, LabelMap, identity_map, placed, read_map
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c05
 RESIZE = {
@@ -96,6 +98,11 @@ def decide(
     return Verdict(label, ~accepted, 1 - most.clamp(min=0))
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c14
+def _columns(logits: Tensor, group: Sequence[int]) -> Tensor:
+    "The columns of some classes; indexed by a list, a GPU would wait for the list each time."
+    return logits[:, placed(tuple(group), logits.device)]
+
+
 class Categorised(nn.Module):
     "`high` in the categories of a map: logits `[B, C]`, or `[B, C + 1]` with 'other' last where some classes are that."
 
@@ -111,21 +118,21 @@ class Categorised(nn.Module):
     def of(self, logits: Tensor) -> Tensor:
         "The same of logits that are there already. A category without classes lies 20 below the lowest."
         nothing = logits.detach().amin(1) - 20
-        columns = [logits[:, g].logsumexp(1) if g else nothing for g in self.groups]
+        columns = [_columns(logits, g).logsumexp(1) if g else nothing for g in self.groups]
         return torch.stack(columns, 1)
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c17
 EMPTY = -60.0  # log-probability of a category that no class belongs to
 
 
-def check_images(x: Tensor, size: int) -> None:
-    "Raise ValueError unless `x` is `[B, C, size, size]`, floating point, in [0, 1]."
+def check_images(x: Tensor, size: int, values: bool = True) -> None:
+    "Raise ValueError unless `x` is `[B, C, size, size]`, floating point, in [0, 1] (a read, unless `values` is False)."
     if x.ndim != 4 or tuple(x.shape[-2:]) != (size, size) or not x.is_floating_point():
         raise ValueError(
             f"expected floating-point images [B, C, {size}, {size}], got {x.dtype} {tuple(x.shape)}"
         )
-    if x.numel():
-        low, high = (v.item() for v in x.detach().aminmax())
+    if values and x.numel():
+        low, high = torch.stack(x.detach().aminmax()).tolist()
         if not (0 <= low and high <= 1):
             raise ValueError(f"expected images in [0, 1], got values in [{low:.3g}, {high:.3g}]")
 
@@ -174,7 +181,7 @@ class TwoStream(nn.Module):
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "The logits of both networks, differentiable: one pass through each and one resize."
-        check_images(x, self.high_size)
+        check_images(x, self.high_size, values=not is_accelerator(x))
         return self.high(x), self.low(self.shrink(x))
 
     def evidence(self, high: Tensor, low: Tensor) -> Evidence:
@@ -184,7 +191,10 @@ class TwoStream(nn.Module):
     def look(self, x: Tensor) -> Evidence:
         "The evidence for images."
         with torch.no_grad(), in_mode(self):
-            return self.evidence(*self.both(x))
+            evidence = self.evidence(*self.both(x))
+        if is_accelerator(x):  # an attack calls `both` in every step, so there the numbers are not looked at
+            check_images(x, x.shape[-1])
+        return evidence
 
     def forward(self, x: Tensor) -> Verdict:
         return decide(self.look(x), self.p1, self.p2)
@@ -195,7 +205,7 @@ class TwoStream(nn.Module):
         gather = torch.amax if self.aggregate == "none" else torch.logsumexp
         groups = self.categorised.groups[: len(self.labels.categories)]
         nothing = torch.full_like(log_high[:, 0], EMPTY)
-        columns = [gather(log_high[:, g], 1).clamp(min=EMPTY) if g else nothing for g in groups]
+        columns = [gather(_columns(log_high, g), 1).clamp(min=EMPTY) if g else nothing for g in groups]
         return torch.stack(columns, 1) + log_low.clamp(min=EMPTY)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -208,7 +218,7 @@ class EnlargedTwoStream(TwoStream):
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "The logits of both networks for the enlarged images, differentiable down to the small ones' pixels."
-        check_images(x, x.shape[-1])
+        check_images(x, x.shape[-1], values=not is_accelerator(x))
         return super().both(straight_clip(resize(x, self.high_size, self.mode)))
 
 # %% ../../nbs/30_two_stream/01_defence.ipynb #c24
