@@ -275,6 +275,15 @@ def test_a_full_disk_leaves_no_half_parcel(runs, tmp_path, monkeypatch, seen):
     assert [became for _, became in import_from(folder, there)] == ["imported"]
 
 
+def test_the_list_says_what_an_attacked_set_is(runs):
+    from afgstudy.attacks import FGSM
+    from afgstudy.kept import attacked
+    from afgstudy.models import create
+
+    attacked(FGSM(eps=0.1), create("lenet5", channels=1, size=28, seed=0).eval(), load("digits", "test", n=4), seed=7)
+    assert "call=attacked, FGSM, 7, 512" in command("ls")
+
+
 def test_mistakes_are_one_line(runs, tmp_path):
     one, two = put(0), put(1)
     for words, says in (

@@ -29,6 +29,7 @@ from afgstudy.keys import (
     nearest,
     package_versions,
     project_root,
+    published_folder,
     runs_root,
     write_whole,
 )
@@ -44,10 +45,10 @@ PUBLISHED_COLUMNS = ["table", "dataset", "method", "attack", "metric", "value", 
 def published(
     paper: str,  # the paper's short name: "aalp"
     table: str | int | None = None,  # the table or figure; None: everything of the paper
-    folder: Path | str | None = None,  # default: `data/published/` in the project
+    folder: Path | str | None = None,  # default: `keys.published_folder()`
 ) -> pd.DataFrame:  # columns as above
     "The numbers that a paper prints."
-    folder = Path(folder or project_root() / "data" / "published")
+    folder = Path(folder or published_folder())
     files = {f.stem: f for suffix in ("json", "yaml", "csv") for f in folder.glob(f"*.{suffix}")}
     if paper not in files:
         hint = nearest(paper, files) if files else "run inside a checkout of the project, which ships them"

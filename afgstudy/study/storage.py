@@ -320,8 +320,11 @@ def store_ls() -> None:
 
 def _short(value: Any) -> str:
     "A value of a description as it fits a line: a dataclass by its name; nothing for checksums and the like."
+    if isinstance(value, dict) and "partial" in value:  # a call: the function and what has a name among its arguments
+        function, arguments, _ = value["partial"]
+        return ", ".join(s for v in (function, *arguments) if (s := _short(v)))
     if isinstance(value, dict):
-        return str(next((value[k] for k in ("type", "class", "name") if k in value), ""))
+        return str(next((value[k] for k in ("type", "class", "name", "code") if k in value), "")).rpartition(".")[2]
     return "" if value is None or re.fullmatch(r"[0-9a-f]{32,}", str(value)) else str(value)[:24]
 
 # %% ../../nbs/60_study/06b_storage.ipynb #c25
