@@ -4,12 +4,33 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 settings = ConfigParser(delimiters=["="])
 settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
+CARRIED = ("data/published/*.csv", "nbs/experiments/**/*.ipynb", "nbs/experiments/presets/**/*.yaml")
+
+
+class BuildWithTheStudy(build_py):
+    """The package and, for `afgstudy init`, a copy of the experiments, their presets and the papers' numbers."""
+
+    def run(self):
+        super().run()
+        for pattern in () if self.editable_mode else CARRIED:
+            for file in Path(".").glob(pattern):
+                if not any(part.startswith(".") for part in file.parts):
+                    self.copy_file(str(file), str(self.target_of(file)))
+
+    def target_of(self, file: Path) -> Path:
+        target = Path(self.build_lib) / "afgstudy" / "project" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+
 setup(
+    cmdclass={"build_py": BuildWithTheStudy},
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
@@ -24,6 +45,10 @@ setup(
     packages=find_packages(include=["afgstudy", "afgstudy.*"]),
     package_data={"afgstudy": ["assets/*", "data/*.txt", "py.typed", "study/*.json", "study/templates/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "hub")},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "hub", "ray", "dask")},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "afgstudy.engines": cfg["engines"].split(),
+        "papermill.engine": cfg["papermill_engines"].split(),
+    },
 )

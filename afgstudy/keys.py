@@ -7,7 +7,8 @@ __all__ = ['SHOWING', 'COMPUTING', 'PACKAGES', 'project_root', 'runs_root', 'exp
            'tensor_digest', 'state_digest', 'canonical', 'key_of', 'fsync', 'write_whole', 'file_checksum', 'Facts',
            'facts_of', 'essence', 'python_source', 'recall_facts', 'keep_facts', 'computes', 'package_folder',
            'imported_modules', 'source_checksums', 'parts_of', 'code_of', 'library_versions', 'asset_checksums',
-           'published_checksums', 'device_kind', 'surroundings', 'differences', 'code_revision', 'package_versions']
+           'published_folder', 'published_checksums', 'device_kind', 'surroundings', 'differences', 'code_revision',
+           'package_versions']
 
 # %% ../nbs/00_core/00_keys.ipynb #c02
 import ast
@@ -551,12 +552,19 @@ def asset_checksums(
     return {f.name: _checksum_once(f) for f in sorted(assets.glob("*")) if f.is_file()} if reads else {}
 
 
+def published_folder() -> Path:
+    "The papers' numbers: `data/published/` in the project, else the copy that the installed package carries."
+    here = project_root() / "data" / "published"
+    carried = package_folder() / "project" / "data" / "published"
+    return carried if carried.is_dir() and not here.is_dir() else here
+
+
 def published_checksums(
     sources: Iterable[str],  # cells of a notebook
-    folder: Path | None = None,  # default: `data/published/` in the project
+    folder: Path | None = None,  # default: `published_folder()`
 ) -> dict[str, str]:
     "Checksums of the published tables whose paper one of these cells names as a string."
-    folder = folder or project_root() / "data" / "published"
+    folder = folder or published_folder()
     named = {text for s in sources for text in facts_of(s).strings}
     return {f.name: _checksum_once(f) for f in sorted(folder.glob("*")) if f.stem in named}
 

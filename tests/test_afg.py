@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -1042,3 +1043,21 @@ def test_climbing_raises_the_activation(model, x):
     with torch.no_grad():
         pull = [(features(model, "relu4")(p)[1]["relu4"].mean((2, 3)) * v).sum(1).mean() for p in drawn]
     assert pull[1] > pull[0]
+
+
+def test_the_clock_waits_for_the_device(monkeypatch):
+    "What an accelerator is still computing when the call returns counts, and what it did before does not."
+    from types import SimpleNamespace
+
+    from afgstudy.afg.protocol import timed
+
+    queue, waits = [0.05], []
+
+    def synchronise():
+        waits.append(len(queue))
+        time.sleep(sum(queue))
+        queue.clear()
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(synchronize=synchronise))
+    found, seconds = timed(lambda: queue.append(0.1) or "done", torch.device("cuda"))
+    assert found == "done" and waits == [1, 1] and 0.09 < seconds

@@ -530,6 +530,7 @@ def test_the_verdict_is_the_pipelines_answer(digits):
     assert of_net.forward_rows == of_target.forward_rows == 9 and net.training
     assert torch.equal(verdict.label, target(defence.purify(x)).argmax(1))
     assert not verdict.flagged.any() and not verdict.score.any()
+    net.eval()
     with torch.no_grad():
         together, alone = defence.pipeline(x), torch.cat([defence.pipeline(x[i : i + 1]) for i in range(9)])
     assert torch.allclose(together, alone, atol=1e-3), "an image's answer does not depend on its batch"

@@ -122,3 +122,17 @@ def test_bare_make_prints_the_targets(project):
     targets = set(re.findall(r"^(\w[\w-]*):", (project / "Makefile").read_text(), re.M)) - {"setup", "help"}
     printed = set(re.findall(r"^ *make ([\w-]+)", said.stdout, re.M))
     assert said.returncode == 0 and {"study", "test", "docs", "data", "lab", "clean"} <= printed <= targets, said.stderr
+
+
+def test_init_lays_out_a_study_that_the_command_knows(project, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from afgstudy.study.cli import main
+
+    monkeypatch.delenv("AFGSTUDY_EXPERIMENTS", raising=False)
+    said = CliRunner().invoke(main, ["init", str(tmp_path / "study")])
+    assert said.exit_code == 0 and "afgstudy list" in said.output
+    monkeypatch.chdir(tmp_path / "study")
+    assert sorted(experiments()) == EXPERIMENTS and "paper" in presets_of("aalp/table2")
+    said = CliRunner().invoke(main, ["init", str(tmp_path / "study")])
+    assert said.exit_code == 1 and "is not empty" in said.output and "Traceback" not in said.output

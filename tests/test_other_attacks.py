@@ -16,11 +16,22 @@ from torch import nn
 from afgstudy.attacks.base import ImageNoise, cross_entropy, input_gradient, margin
 from afgstudy.attacks.carlini import CarliniWagner
 from afgstudy.attacks.deepfool import DeepFool
-from afgstudy.attacks.external import DDN, AutoAttack, AutoAttackWarning, Pipeline, _Ear, build
+from afgstudy.attacks.external import (
+    DDN,
+    AutoAttack,
+    AutoAttackWarning,
+    Evaluation,
+    Pipeline,
+    _Ear,
+    build,
+    evaluated,
+    joined,
+)
 from afgstudy.attacks.gradient import BIM, FGSM, MIFGSM, PGD
 from afgstudy.attacks.pixel import PixelAttack, children, first_generation, log_odds, paint, three_others
 from afgstudy.attacks.spatial import SpatialTransform, flow_variation, warp
 from afgstudy.attacks.wrappers import BPDA, ExpectationOverTransformation
+from afgstudy.data.dataset import Dataset
 
 ULP = 2.0**-23
 QUICK_AA = dict(steps=5, queries=20)
@@ -577,6 +588,28 @@ def test_autoattack_is_pyautoattack(norm, eps, trained):
     assert ours.accuracy["square"] == pytest.approx(robust, abs=1e-4) and robust < ours.accuracy["clean"]
     assert list(ours.accuracy.values()) == sorted(ours.accuracy.values(), reverse=True)
     assert ((answers(model, ours.x_adv) == y) != ours.robust).sum() <= 1  # 7 at once round otherwise than 5
+
+
+def test_evaluations_of_batches_join_to_that_of_all_images():
+    one = Evaluation(torch.zeros(3, 1, 2, 2), torch.ones(3).bool(), {"clean": 1.0, "square": 2 / 3}, ("a", "b"))
+    two = Evaluation(torch.ones(1, 1, 2, 2), torch.zeros(1).bool(), {"clean": 1.0, "square": 0.0}, ("b", "c"))
+    whole = joined([one, two], torch.tensor([True, True, False, False]))
+    assert whole.accuracy == pytest.approx({"clean": 1.0, "square": 0.5}) and whole.flags == ("a", "b", "c")
+    assert whole.x_adv.sum() == 4 and whole.robust.tolist() == [True, True, False, False]
+    assert whole.among(8).accuracy == pytest.approx({"clean": 0.5, "square": 0.25})
+
+
+def test_what_autoattack_says_of_a_whole_set_is_kept(trained):
+    "Also the flags of later batches: a softmax at the end is noticed in each."
+    model, x, y = trained
+    data = Dataset("pairs", "test", (255 * x[:10]).round().to(torch.uint8), y[:10], tuple("0123456789"))
+    attack = AutoAttack(eps=0.1, steps=3, attacks=("apgd-ce",))
+    with pytest.warns(AutoAttackWarning):
+        said = evaluated(attack, lambda images: model(images).softmax(1), data, batch_size=4)
+    assert list(said.accuracy) == ["clean", "apgd-ce"] and said.robust.shape == (10,)
+    assert said.accuracy["apgd-ce"] <= said.accuracy["clean"] and said.flags and len(set(said.flags)) == len(said.flags)
+    with pytest.raises(ValueError, match="one image at least"):
+        evaluated(attack, model, data.take(slice(0, 0)))
 
 
 def test_autoattack_is_not_weaker_than_pgd(trained):

@@ -164,11 +164,12 @@ def test_every_command_of_the_readme_is_a_make_target(project):
 
 def test_wheel_works_outside_the_checkout(project, tmp_path):
     source = tmp_path / "source"
-    kept_out = shutil.ignore_patterns(".*", "runs", "nbs", "_docs", "build", "*.egg-info", "__pycache__")
+    kept_out = shutil.ignore_patterns(".*", "runs", "_docs", "build", "*.egg-info", "__pycache__")
+    carried = {project / "nbs": {"experiments"}, project / "data": {"published"}}
 
     def ignore(folder: str, names: list[str]) -> set[str]:
-        "The project's own `data/` too, but not the package `afgstudy.data`."
-        return kept_out(folder, names) | ({"data"} if Path(folder) == project else set())
+        "Of notebooks and data only what the wheel carries."
+        return set(kept_out(folder, names)) | (set(names) - carried.get(Path(folder), set(names)))
 
     shutil.copytree(project, source, ignore=ignore)
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, source]
@@ -202,6 +203,13 @@ def test_wheel_works_outside_the_checkout(project, tmp_path):
         "model = create('lenet5', channels=1, size=28, seed=0)\n"
         "out = PGD(eps=0.1)(model, data.images(), data.y)\n"
         "print(afgstudy.__file__, tuple(out.shape))\n"
+        "import os\n"
+        "from afgstudy.study.cli import main\n"
+        "from afgstudy.study.experiment import published\n"
+        "print(len(published('aalp')), 'published numbers')\n"
+        "main(['init', 'study'], standalone_mode=False)\n"
+        "os.chdir('study')\n"
+        "main(['list', 'aalp/table2'], standalone_mode=False)\n"
     )
     alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     ran = subprocess.run(
@@ -209,6 +217,8 @@ def test_wheel_works_outside_the_checkout(project, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert str(tmp_path) in ran.stdout and "(4, 1, 28, 28)" in ran.stdout
+    assert "published numbers" in ran.stdout and "aalp/table2" in ran.stdout
+    assert (tmp_path / "study" / "nbs" / "experiments" / "presets" / "cpu" / "aalp" / "table2.yaml").is_file()
 
 
 def code_cells(project, folder=""):

@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from click.testing import CliRunner
 
 import afgstudy
@@ -342,6 +344,36 @@ def test_a_record_holds_every_field(sandbox):
     assert p["device"]["threads"] >= 1 and p["seconds"] >= 0 and re.match(r"\d{4}-\d\d-\d\dT", p["started"])
     assert p["datasets"] == [{"name": "mnist", "split": "test", "n": 10_000, "checksum": "4e" * 32}]
     assert p["key"] == "ab" * 32 and p["artifacts"] == [] and record["notes"] == ["One <note>."]
+
+
+def test_a_record_holds_what_autoattack_said(sandbox, capsys):
+    from afgstudy.attacks.external import Evaluation
+
+    exp = Experiment("toy/table1", {"seed": 0})
+    stages = {"clean": 0.9, "apgd-ce": 0.5, "square": 0.25}
+    found = Evaluation(torch.zeros(4, 1, 2, 2), torch.zeros(4).bool(), stages, ("Square is stronger",))
+    for method, said in (("RAW", replace(found, flags=())), ("ALP", found)):
+        exp.components("mnist", method, "AutoAttack", said.accuracy, said.flags)
+    raw, alp = records.check_record(exp.record())["attacks"]
+    assert raw["components"] == [{"name": k, "accuracy": 100 * v} for k, v in stages.items()]
+    assert (raw["flags"], alp["flags"], alp["seed"]) == ([], ["Square is stronger"], 0)
+    assert len(exp.notes) == 1 and "ALP" in exp.notes[0] and "may be too high" in capsys.readouterr().out
+    shown = exp.stages()
+    assert list(shown) == ["clean", "apgd-ce", "square", "flags"] and shown.iloc[1, 2] == "25.0"
+
+
+def test_a_record_names_processor_instructions_and_threads(sandbox, monkeypatch):
+    from afgstudy.study.report import device_text
+
+    record = Experiment("toy/table1", {"seed": 0}).record()
+    device = records.check_record(record)["provenance"]["device"]
+    assert device["processor"] and device["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert device["threads"] == torch.get_num_threads() and device["instructions"] in device_text(device)
+    gpu = device | {"kind": "cuda", "name": "H100", "cuda": "12.8", "cudnn": 91002, "tf32": "in training only"}
+    assert device_text(gpu).endswith("threads, CUDA 12.8, cuDNN 91002, TF32 in training only")
+    old = {"kind": "cpu", "name": "x86_64", "threads": 2}
+    record["provenance"]["device"] = old
+    assert records.check_record(record) and device_text(old) == "cpu (x86_64), 2 threads"
 
 
 def test_a_row_replaces_its_earlier_self_and_takes_an_estimate(sandbox):

@@ -177,8 +177,8 @@ def test_a_worker_that_is_killed_is_a_failed_run(sandbox):
 def test_two_runners_of_the_same_run_do_it_once(sandbox):
     sandbox.write("toy", sandbox.LIGHT)
     [job] = planning.plan(["toy"])
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:  # any executor does
-        outcomes = execute.execute_all([job, job], executor=pool)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        outcomes = list(pool.map(execute.run, [job, job]))
     assert sorted(o.state for o in outcomes) == ["done", "present"] and sandbox.executed() == 1
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PURIFIER_COLOURS', 'split_target', 'target_recipe', 'Workshop', 'survives_adaptive', 'purifier_colour', 'conclusion',
-           'answers_rightly', 'relative_change']
+           'answers_rightly', 'withstands_adaptive', 'relative_change']
 
 # %% ../../nbs/40_cafd/07_protocol.ipynb #c02
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attacks import PGD
 from ..attacks.base import Attack
 from ..attacks.evaluate import survives
+from ..attacks.external import AutoAttack, Evaluation, evaluated
 from .attack import ClassActivationAttack
 from .baselines import FREE, method_named
 from .defence import CAFD, Purification
@@ -165,6 +166,23 @@ def conclusion(
 def answers_rightly(defence: Purification, x: Tensor, y: Tensor, batch_size: int = 256) -> Tensor:
     "`[N]` whether the defence names the right class of images that were made without knowing it."
     return in_batches(defence, x, batch_size=batch_size).label == y
+
+# %% ../../nbs/40_cafd/07_protocol.ipynb #c10c
+def withstands_adaptive(
+    attack: AutoAttack,
+    defence: Purification,
+    data: Dataset,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> tuple[Tensor, dict[str, Evaluation]]:  # [N] bool; attack's name -> what it found
+    "As `survives_adaptive`, with the accuracy after each component of AutoAttack and its flags."
+    found = evaluated(attack, defence.pipeline, data, seed, batch_size)
+    left, runs = found.robust.clone(), {attack.name: found}
+    if left.any():
+        again = evaluated(attack, defence.straight, data.take(left), seed, batch_size)
+        runs[f"{attack.name}, gradient through the clip"] = again.among(len(data))
+        left[left.clone()] = again.robust
+    return left, runs
 
 # %% ../../nbs/40_cafd/07_protocol.ipynb #c12
 @torch.no_grad()

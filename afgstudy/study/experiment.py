@@ -29,6 +29,7 @@ from afgstudy.keys import (
     nearest,
     package_versions,
     project_root,
+    published_folder,
     runs_root,
     write_whole,
 )
@@ -44,10 +45,10 @@ PUBLISHED_COLUMNS = ["table", "dataset", "method", "attack", "metric", "value", 
 def published(
     paper: str,  # the paper's short name: "aalp"
     table: str | int | None = None,  # the table or figure; None: everything of the paper
-    folder: Path | str | None = None,  # default: `data/published/` in the project
+    folder: Path | str | None = None,  # default: `keys.published_folder()`
 ) -> pd.DataFrame:  # columns as above
     "The numbers that a paper prints."
-    folder = Path(folder or project_root() / "data" / "published")
+    folder = Path(folder or published_folder())
     files = {f.stem: f for suffix in ("json", "yaml", "csv") for f in folder.glob(f"*.{suffix}")}
     if paper not in files:
         hint = nearest(paper, files) if files else "run inside a checkout of the project, which ships them"
@@ -294,6 +295,19 @@ class Experiment:
         entry = dict(dataset=dataset, method=method, attack=attack, seed=seed)
         entry["components"] = [{"name": k, "accuracy": _number(100 * v)} for k, v in accuracy.items()]
         self.attacks.append(entry | {"flags": list(flags)})
+        if flags:
+            doubt = f"{attack} doubts its own run (flags: {len(flags)}), so this accuracy may be too high."
+            self.note(f"{dataset}, {method}: {doubt}")
+
+    def stages(self, digits: int = 1) -> pd.DataFrame:
+        "The runs of AutoAttack so far: accuracy in percent after each component, and the flags."
+        index = [(r["dataset"], r["method"], r["attack"], str(r["seed"])) for r in self.attacks]
+        lines = [
+            {c["name"]: text_of(c["accuracy"], digits) for c in r["components"]} | {"flags": "; ".join(r["flags"])}
+            for r in self.attacks
+        ]
+        frame = pd.DataFrame(lines, pd.MultiIndex.from_tuples(index, names=["dataset", "method", "attack", "seed"]))
+        return frame.fillna(DASH)[[c for c in frame if c != "flags"] + ["flags"]]
 
     def used(self, *things: Any) -> None:
         "Note the datasets (name, split, checksum) and artifacts (kind, key) that the numbers come from."

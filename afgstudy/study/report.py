@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'markdown_text', 'render', 'strip', 'tables_of', 'html_table', 'markdown_table', 'radius_text', 'setting_of',
-           'provenance_lines', 'compared', 'inside', 'largest_gap', 'attacks_of', 'verdict', 'html_page',
+           'device_text', 'provenance_lines', 'compared', 'inside', 'largest_gap', 'attacks_of', 'verdict', 'html_page',
            'markdown_page', 'report']
 
 # %% ../../nbs/60_study/05a_report.ipynb #c02
@@ -135,6 +135,15 @@ def setting_of(record: dict) -> str:
     return ", ".join([*parts, *([str(said["network"])] if isinstance(said.get("network"), str) else [])])
 
 # %% ../../nbs/60_study/05a_report.ipynb #c14
+def device_text(device: dict) -> str:
+    "The machine of a record in words; what an older record does not hold is left out."
+    own = [device.get("processor"), device.get("instructions")]
+    parts = [f"{device['kind']} ({device['name']})", *own, f"{device['threads']} threads"]
+    libraries = (("CUDA", "cuda"), ("cuDNN", "cudnn"), ("TF32", "tf32"))
+    parts += [f"{label} {device[field]}" for label, field in libraries if device.get(field)]
+    return ", ".join(part for part in parts if part)
+
+
 def provenance_lines(record: dict) -> dict[str, str]:
     "What a reader needs to get the same numbers: name and text."
     p = record["provenance"]
@@ -147,7 +156,7 @@ def provenance_lines(record: dict) -> dict[str, str]:
         "preset": record["preset"],
         "parameters": ", ".join(f"{k}={json.dumps(v)}" for k, v in p["parameters"].items()),
         "seeds": ", ".join(map(str, p["seeds"])),
-        "device": f"{device['kind']} ({device['name']}), {device['threads']} threads",
+        "device": device_text(device),
         "run": f"{p['started'][:16].replace('T', ' ')} UTC, {seconds_text(p['seconds'])}",
         "key": (p["key"] or "")[:12],
         "code": code,

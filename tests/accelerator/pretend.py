@@ -7,6 +7,7 @@ entry point beside this file wherever this folder is on PYTHONPATH, so also in t
 
 import contextlib
 import itertools
+import weakref
 from collections import Counter
 
 import torch
@@ -51,11 +52,42 @@ class Elsewhere(torch.Tensor):
     def __array__(self, *_):
         return self.numpy()
 
+    def __reduce_ex__(self, protocol):
+        return self.cpu().__reduce_ex__(protocol)
+
     def new_tensor(self, data, **options):
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device} | options)
 
     def __repr__(self, **_):
         return f"{NAME}({self.inner!r})"
+
+
+_Generator = torch.Generator
+_OWN: set = set()  # addresses of the generators that live on the device
+
+
+class _AnyGenerator(type(torch.Generator)):
+    def __instancecheck__(cls, value):
+        return isinstance(value, _Generator)
+
+
+class Generator(_Generator, metaclass=_AnyGenerator):
+    "`torch.Generator`, which may live on the device; its numbers come from the CPU all the same."
+
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls, "cpu" if _is_here(device) else device)
+        made.here = _is_here(device)
+        if made.here:
+            _OWN.add(made._cdata)
+            weakref.finalize(made, _OWN.discard, made._cdata)
+        return made
+
+    def __init__(self, device="cpu"):
+        pass
+
+    @property
+    def device(self):
+        return torch.device(f"{NAME}:0") if self.here else super().device
 
 
 def _is_here(device: object) -> bool:
@@ -116,7 +148,7 @@ def _refuse(name: str, args: tuple, kwargs: dict) -> None:
                 f"{NAME}:0 and {tensor.device}! (when checking {name})"
             )
     for value in itertools.chain(args, kwargs.values()):
-        if isinstance(value, torch.Generator):
+        if isinstance(value, _Generator) and value._cdata not in _OWN:
             raise RuntimeError(
                 f"Expected a '{NAME}' device type for generator but found '{value.device.type}'"
             )
@@ -230,6 +262,7 @@ def register() -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(
         True
     )  # an assignment to `.data` leaves `inner` behind
+    torch.Generator = Generator
     torch.tensor, torch.as_tensor = _detour(torch.tensor), _detour(torch.as_tensor)
 
 

@@ -148,6 +148,19 @@ def test_the_device_refuses_what_cuda_refuses_and_counts_reads():
     assert found == {"item": 2, "mask": 1, "copy": 2, "nonzero": 1}
 
 
+def test_what_is_saved_on_the_device_is_loaded_on_the_cpu(tmp_path):
+    torch.save({"weight": torch.ones(3, device="npu")}, tmp_path / "state.pt")
+    assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True)["weight"], torch.ones(3))
+
+
+def test_a_generator_may_live_on_the_device():
+    there, here = torch.Generator("npu").manual_seed(3), torch.Generator().manual_seed(3)
+    assert there.device.type == "npu" and here.device.type == "cpu"
+    numbers = torch.rand(4, generator=there, device="npu"), torch.rand(4, generator=here)
+    assert torch.equal(numbers[0].cpu(), numbers[1])
+    assert isinstance(torch.default_generator, torch.Generator)
+
+
 def test_the_library_takes_any_device_that_torch_has(monkeypatch):
     monkeypatch.setenv("AFGSTUDY_DEVICE", "npu")
     assert default_device().type == "npu" and describe_device()["kind"] == "npu"
