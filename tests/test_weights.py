@@ -44,11 +44,11 @@ def served(tmp_path):
 def serve(monkeypatch, served, name: str, content: object, **changes) -> None:
     "Let the source of these weights be this content on the server."
     folder, address, _ = served
-    known = weights.WEIGHTS[name]
+    known = weights.KNOWN[name]
     file = folder / known.download.file
     torch.save(content, file)
     download = Download((f"{address}/{file.name}",), file.name, sha256=changes.pop("published", sha256(file)))
-    monkeypatch.setitem(weights.WEIGHTS, name, replace(known, download=download, **changes))
+    monkeypatch.setitem(weights.KNOWN, name, replace(known, download=download, **changes))
 
 
 def checkpoint(seed: int = 0) -> tuple[torch.nn.Module, dict]:
@@ -123,13 +123,13 @@ def test_a_source_with_code_in_it_is_refused(served, tmp_path, monkeypatch):
 def test_torchvisions_files_become_files_that_create_takes(served, tmp_path, monkeypatch, name):
     import torchvision
 
-    network = weights.WEIGHTS[name].network.removesuffix("_trunk")
+    network = weights.KNOWN[name].network.removesuffix("_trunk")
     torch.manual_seed(0)
     options = {"init_weights": False} if network == "inception_v3" else {}
     theirs = torchvision.models.get_model(network, weights=None, **options).eval()
     serve(monkeypatch, served, name, theirs.state_dict())
     file = weights.get(name, tmp_path / "weights")
-    ours = create(weights.WEIGHTS[name].network, weights=file)
+    ours = create(weights.KNOWN[name].network, weights=file)
     assert not weights.check(name, tmp_path / "weights")
     x = torch.rand(1, 3, ours.config["size"], ours.config["size"])
     if ours.config["name"] == "inception_v3_trunk":
@@ -160,7 +160,7 @@ def test_what_no_program_makes_says_what_to_do(tmp_path, monkeypatch):
 def test_the_list_says_where_each_comes_from_and_what_it_gives(monkeypatch):
     monkeypatch.delenv("AFGSTUDY_WEIGHTS", raising=False)
     said = CliRunner().invoke(main, ["weights", "list", "-v"]).output
-    for known in weights.WEIGHTS.values():
+    for known in weights.KNOWN.values():
         assert known.source.partition(" ")[0] in said and known.licence in said and known.gives in said
         assert known.sha256 in said and known.conversion in said
 
@@ -175,7 +175,7 @@ def test_every_file_that_a_preset_names_is_listed(project):
         for key, value in (yaml.safe_load(file.read_text()) or {}).items():
             if key == "weights" or (key.endswith("_weights") and key != "alp_weights"):
                 named |= {v for v in words(value) if isinstance(v, str)}
-    assert named - {"", "default", "train"} <= weights.WEIGHTS.keys()
+    assert named - {"", "default", "train"} <= weights.KNOWN.keys()
     assert {"resnet32_cifar10", "squeezenet1_0_imagenet", "inception_v3_trunk"} <= named
 
 
@@ -190,7 +190,7 @@ def test_the_conversion_gives_the_file_that_the_records_used(real_weights, tmp_p
 
 
 def test_the_real_files_are_those_of_the_list(real_weights):
-    here = [n for n in weights.WEIGHTS if (real_weights / f"{n}.safetensors").is_file()]
+    here = [n for n in weights.KNOWN if (real_weights / f"{n}.safetensors").is_file()]
     assert here and not any(weights.check(name, real_weights) for name in here)
 
 

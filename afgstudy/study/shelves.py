@@ -23,7 +23,7 @@ def weights_list(verbose: bool) -> None:
     from afgstudy import weights as files
 
     for name, row in files.listing().iterrows():
-        known, here = files.WEIGHTS[name], click.style("here" if row.here == "yes" else "not here", bold=True)
+        known, here = files.KNOWN[name], click.style("here" if row.here == "yes" else "not here", bold=True)
         click.echo(f"{name}  {here}\n    gives: {row.gives}\n    get: {row['get']}")
         if verbose:
             click.echo(f"    source: {row.source}\n    licence: {row.licence}\n    conversion: {known.conversion}")
@@ -32,9 +32,9 @@ def weights_list(verbose: bool) -> None:
 # %% ../../nbs/60_study/06a_shelves.ipynb #c06
 def _file_names(ctx: click.Context, option: click.Parameter, start: str) -> list[str]:
     "The files of weights that begin so, for the shell."
-    from afgstudy.weights import WEIGHTS
+    from afgstudy.weights import KNOWN
 
-    return [name for name in WEIGHTS if name.startswith(start)]
+    return [name for name in KNOWN if name.startswith(start)]
 
 
 _TO = click.option("--to", "folder", type=click.Path(), help="The folder.  [default: AFGSTUDY_WEIGHTS]")
@@ -59,7 +59,7 @@ def weights_check(names: tuple[str, ...], folder: str | None) -> None:
     from afgstudy import weights as files
 
     here = files.weights_root(folder)
-    names = names or tuple(n for n in files.WEIGHTS if (here / f"{n}.safetensors").is_file())
+    names = names or tuple(n for n in files.KNOWN if (here / f"{n}.safetensors").is_file())
     wrong = {name: files.check(name, here) for name in names}
     for name, problem in wrong.items():
         click.echo(f"{name}: {problem or 'whole'}")
