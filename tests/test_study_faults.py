@@ -55,6 +55,7 @@ def alive(pid: int) -> bool:
 def start(*arguments: str) -> subprocess.Popen:
     "`afgstudy ...` as a process of its own."
     code = "from afgstudy.study.cli import main; main(prog_name='afgstudy')"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"  # `&` ignores it
     environment = dict(os.environ)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, **pipes)
