@@ -466,7 +466,7 @@ def test_only_the_run_of_a_preset_is_published_under_it(sandbox):
     assert not (sandbox.root / "data" / "results").exists()
     sandbox("run toy/few --preset cpu")
     target = Path(sandbox("publish toy/few").splitlines()[-1])
-    assert json.loads((target / "record.json").read_text())["parameters"] == {"seed": 0, "n": 100}
+    assert json.loads((target / "record.json").read_text())["provenance"]["parameters"] == {"seed": 0, "n": 100}
     sandbox.preset("cpu", "toy/few", "n: 200\n")
     assert "n is 100 where the preset says 200" in sandbox("publish toy/few", status=1)
     assert (target / "record.json").is_file()

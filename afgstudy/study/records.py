@@ -19,7 +19,15 @@ from typing import Any
 import jsonschema
 import nbformat
 
-from ..keys import StudyError, experiments_root, nearest, project_root, runs_root, write_whole
+from afgstudy.keys import (
+    StudyError,
+    canonical,
+    experiments_root,
+    nearest,
+    project_root,
+    runs_root,
+    write_whole,
+)
 from .experiment import scrub
 from .parameters import full_parameters
 from .planning import latest_run
@@ -137,10 +145,10 @@ def _check_preset(
 ) -> bool:  # False where the experiment's notebook is not here to compare with
     "`StudyError` names the parameters of a record that its preset does not give."
     folder = project / "nbs" / "experiments" if project else experiments_root()
-    name, preset, used = record["experiment"], record["preset"], record["parameters"]
+    name, preset, used = record["experiment"], record["preset"], record["provenance"]["parameters"]
     if not (path := folder / f"{name}.ipynb").is_file():
         return False
-    wanted = json.loads(json.dumps(full_parameters(name, preset, folder=folder, path=path)))
+    wanted = canonical(full_parameters(name, preset, folder=folder, path=path), "parameters")
     names = [*wanted, *(n for n in used if n not in wanted)]
     pairs = [(n, used.get(n, "nothing"), wanted.get(n, "nothing")) for n in names]
     other = [f"{n} is {was!r} where the preset says {says!r}" for n, was, says in pairs if was != says]
