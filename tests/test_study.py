@@ -453,6 +453,7 @@ def test_report_and_publish(sandbox):
     shutil.rmtree(sandbox.runs)
     page = Path(sandbox("report --committed --format html").strip()).read_text()
     assert page.count("<section") == 1 and page.count("data:image/svg+xml") == 1
+    sandbox.preset("cpu", "toy/table1", "{}\n")
     assert "no finished run of 'toy/table1'" in sandbox("publish toy/table1", status=1)
     assert "no records" in sandbox("report", status=1) and not folder.exists()
 
