@@ -434,6 +434,9 @@ def test_scrub_takes_out_this_machine(sandbox, text):
 
 # --- report, publish, command ---
 
+FEW = "seed: int = 0  # of everything random\nn: int = 5  # how many"
+EXPERIMENT_HEAD = "import random\nfrom afgstudy.study.experiment import Experiment, parameters_of"
+
 
 def test_report_and_publish(sandbox):
     folder = example(sandbox)
@@ -458,7 +461,7 @@ def test_report_and_publish(sandbox):
         assert (Path(paths[0]).parent / figure).is_file()
     said = sandbox("publish toy/table1")
     target = sandbox.root / "data" / "results" / "cpu" / "toy" / "table1"
-    assert said.strip() == str(target)
+    assert said.splitlines()[-1] == str(target) and "there is no notebook of this name here" in said
     files = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
     assert files == {"record.json", "notebook.ipynb", "figures/line.svg"}
     content_of = {file: (target / file).read_text() for file in files}
@@ -485,6 +488,21 @@ def test_report_and_publish(sandbox):
     sandbox.preset("cpu", "toy/table1", "{}\n")
     assert "no finished run of 'toy/table1'" in sandbox("publish toy/table1", status=1)
     assert "no records" in sandbox("report", status=1) and not folder.exists()
+
+
+def test_only_the_run_of_a_preset_is_published_under_it(sandbox):
+    sandbox.write("toy/few", EXPERIMENT_HEAD, sandbox.REAL.format(name="toy/few"), parameters=FEW)
+    sandbox.preset("cpu", "toy/few", "n: 100\n")
+    sandbox("run toy/few --preset cpu -p n=10")
+    said = sandbox("publish toy/few", status=1)
+    assert "'toy/few' is not preset 'cpu': n is 10 where the preset says 100" in said and "seed" not in said
+    assert not (sandbox.root / "data" / "results").exists()
+    sandbox("run toy/few --preset cpu")
+    target = Path(sandbox("publish toy/few").splitlines()[-1])
+    assert json.loads((target / "record.json").read_text())["provenance"]["parameters"] == {"seed": 0, "n": 100}
+    sandbox.preset("cpu", "toy/few", "n: 200\n")
+    assert "n is 100 where the preset says 200" in sandbox("publish toy/few", status=1)
+    assert (target / "record.json").is_file()
 
 
 def test_a_heavy_notebook_is_not_published(sandbox):

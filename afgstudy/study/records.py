@@ -19,8 +19,17 @@ from typing import Any
 import jsonschema
 import nbformat
 
-from ..keys import StudyError, nearest, project_root, runs_root, write_whole
+from afgstudy.keys import (
+    StudyError,
+    canonical,
+    experiments_root,
+    nearest,
+    project_root,
+    runs_root,
+    write_whole,
+)
 from .experiment import scrub
+from .parameters import full_parameters
 from .planning import latest_run
 
 # %% ../../nbs/60_study/05_records.ipynb #r05
@@ -129,6 +138,24 @@ def _source_of(name: str, project: Path | None = None) -> Path:
     "The notebook of an experiment."
     return (project or project_root()) / "nbs" / "experiments" / f"{name}.ipynb"
 
+# %% ../../nbs/60_study/05_records.ipynb #c24p
+def _check_preset(
+    record: dict,
+    project: Path | None = None,
+) -> bool:  # False where the experiment's notebook is not here to compare with
+    "`StudyError` names the parameters of a record that its preset does not give."
+    folder = project / "nbs" / "experiments" if project else experiments_root()
+    name, preset, used = record["experiment"], record["preset"], record["provenance"]["parameters"]
+    if not (path := folder / f"{name}.ipynb").is_file():
+        return False
+    wanted = canonical(full_parameters(name, preset, folder=folder, path=path), "parameters")
+    names = [*wanted, *(n for n in used if n not in wanted)]
+    pairs = [(n, used.get(n, "nothing"), wanted.get(n, "nothing")) for n in names]
+    other = [f"{n} is {was!r} where the preset says {says!r}" for n, was, says in pairs if was != says]
+    if other:
+        raise StudyError(f"the newest run of {name!r} is not preset {preset!r}: {'; '.join(other)}")
+    return True
+
 # %% ../../nbs/60_study/05_records.ipynb #c24d
 def publish(
     name: str,  # an experiment
@@ -143,7 +170,7 @@ def publish(
             f"no finished run of {name!r} with preset {preset!r} to publish: {nearest(name, records)}"
         )
     record, remarks = records[name], []
-    source = record.pop("folder")
+    source, known = record.pop("folder"), _check_preset(record, project)
     target = (project or project_root()) / "data" / "results" / preset / name
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -162,6 +189,8 @@ def publish(
         (part / "figures").rmdir()
     if (record["provenance"].get("revision") or {}).get("dirty"):
         remarks.append("the record was made with changes that are not committed")
+    if not known:
+        remarks.append("there is no notebook of this name here, so its parameters were not compared with the preset")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
     return target, remarks
