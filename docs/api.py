@@ -173,15 +173,22 @@ def members(cls: type) -> list[tuple[str, object]]:
     return found
 
 
-def constant(name: str, module: ModuleType, longest: int = 14) -> str:
-    "The line of source that sets a constant, cut where it is long."
-    source = inspect.getsource(module)
-    for node in ast.parse(source).body:
+def assignment(name: str, module: ModuleType) -> ast.stmt | None:
+    "The statement of a module that sets a constant; None where the module only imports it."
+    for node in ast.parse(inspect.getsource(module)).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-            return "\n".join(lines if len(lines) <= longest else [*lines[: longest - 1], "    ..."])
-    return f"{name} = {getattr(module, name)!r}"
+            return node
+    return None
+
+
+def constant(name: str, module: ModuleType, longest: int = 14) -> str:
+    "The line of source that sets a constant, cut where it is long."
+    node = assignment(name, module)
+    if node is None:
+        return f"{name} = {getattr(module, name)!r}"
+    lines = inspect.getsource(module).splitlines()[node.lineno - 1 : node.end_lineno]
+    return "\n".join(lines if len(lines) <= longest else [*lines[: longest - 1], "    ..."])
 
 
 def command(name: str, sym: object, level: int) -> str:

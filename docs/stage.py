@@ -318,6 +318,8 @@ def library(site: Site) -> dict[str, list[str]]:
 
 def modules(site: Site, sources: list[str]) -> list[Module]:
     "The modules that the notebooks export, with their symbols; every name gets its label."
+    from api import assignment
+
     found: dict[str, Module] = {}
     for source in sources:
         notebook = read_notebook(site.root / source)
@@ -330,7 +332,8 @@ def modules(site: Site, sources: list[str]) -> list[Module]:
             if isinstance(getattr(live, symbol), click.Command) and symbol != "main":
                 continue  # the page of the command shows its subcommands
             home = getattr(getattr(live, symbol), "__module__", name)
-            ours = home == name or not home.startswith("afgstudy.")
+            # an instance names its class's module: where it is set decides
+            ours = home == name or not home.startswith("afgstudy.") or assignment(symbol, live) is not None
             (module.symbols if ours else module.elsewhere).append(symbol)
     short: dict[str, list[str]] = {}
     for module in found.values():

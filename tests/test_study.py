@@ -505,6 +505,27 @@ def test_only_the_run_of_a_preset_is_published_under_it(sandbox):
     assert (target / "record.json").is_file()
 
 
+def test_a_committed_record_says_what_has_changed_since(sandbox):
+    cells = EXPERIMENT_HEAD, sandbox.REAL.format(name="toy/few")
+    sandbox.write("toy/few", *cells, parameters=FEW)
+    sandbox.preset("cpu", "toy/few", "n: 100\n")
+    sandbox("run toy/few --preset cpu")
+    target = Path(sandbox("publish toy/few").splitlines()[-1])
+    assert sandbox("status --committed").splitlines()[1].split()[2:4] == ["as", "it"]
+    sandbox.write("toy/few", *cells, "later = 1", parameters=FEW)
+    assert "the notebook's code" in sandbox("status --committed toy/few")
+    sandbox.write("toy/few", *cells, parameters="m: int = 3  # images; at least 1")
+    assert "m" in sandbox("status --committed").splitlines()[1]
+    record = json.loads((target / "record.json").read_text())
+    record["provenance"]["needs"]["modules"]["afgstudy.keys"] = "another"
+    (target / "record.json").write_text(json.dumps(record))
+    sandbox.write("toy/few", *cells, parameters=FEW)
+    assert "modules afgstudy.keys" in sandbox("status --committed")
+    del record["provenance"]["needs"]
+    (target / "record.json").write_text(json.dumps(record))
+    assert "before records listed what they needed" in sandbox("status --committed")
+
+
 def test_a_heavy_notebook_is_not_published(sandbox):
     folder = example(sandbox)
     heavy = nbformat.v4.new_output("stream", text="x" * 2_000_000)

@@ -166,15 +166,34 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
             click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
 
 
+def _committed(names: tuple[str, ...]) -> None:
+    "A line for each committed record: what its run needed that is otherwise today."
+    from afgstudy.study.parameters import select
+    from afgstudy.study.planning import remembering
+    from afgstudy.study.records import changed_since, committed_records
+
+    chosen, lines = select(names), []
+    with remembering():
+        for record in (r for r in committed_records() if not names or r["experiment"] in chosen):
+            why, revision = changed_since(record), (record["provenance"].get("revision") or {}).get("commit", "")
+            known = bool(record["provenance"].get("needs"))
+            state = "unknown" if not known else "changed" if why else "as it was"
+            lines.append((record["experiment"], record["preset"], state, revision[:7], why))
+    _table(lines, ("experiment", "preset", "state", "revision", "what changed"), one_line=True)
+
+
 @main.command()
 @click.argument("names", nargs=-1, shell_complete=_experiment_names)
-def status(names: tuple[str, ...]) -> None:
+@click.option("--committed", is_flag=True, help="The records under data/results, and what has changed since.")
+def status(names: tuple[str, ...], committed: bool) -> None:
     """What is done, out of date, failed, running or never run.
 
     A run is stale when something it depends on has changed since: the last column says what.
     """
     from afgstudy.study.planning import seconds_text, states
 
+    if committed:
+        return _committed(names)
     lines = []
     for name, preset, state in states(names):
         s = _standing(name, preset, state)

@@ -224,7 +224,7 @@ class Experiment:
     ):
         self.folder, job = _job(name)
         self.name, self.preset = name, job.get("preset", "by-hand")
-        self.title, self.key = job.get("title", ""), job.get("key")
+        self.title, self.key, self.needs = job.get("title", ""), job.get("key"), job.get("needs")
         self.parameters = dict(parameters or {}) | job.get("parameters", {})
         self.rows: list[dict] = []
         self.figures: list[dict] = []
@@ -350,6 +350,7 @@ class Experiment:
         head = {"experiment": self.name, "title": self.title, "preset": self.preset}
         body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "verdict": self.verdicts}
         body |= {"attacks": self.attacks} if self.attacks else {}
+        provenance |= {"needs": self.needs} if self.needs else {}
         return scrub(head | body | {"provenance": provenance})
 
     def save(self) -> None:
