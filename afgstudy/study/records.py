@@ -103,10 +103,12 @@ def changed_since(record: dict) -> str:
     about = record["provenance"]
     if not about.get("needs"):
         return "written before records listed what they needed"
+    if not (experiments_root() / f"{record['experiment']}.ipynb").is_file():
+        return "its notebook is gone"
     try:
         job = job_here(record["experiment"], record["preset"], about["parameters"])
     except StudyError as e:
-        return str(e).partition(":")[0]
+        return str(e).splitlines()[0]
     if job.problem:
         return f"cannot be compared here: {job.problem}"
     return ", ".join(differences(about["needs"], job.needs))
