@@ -165,7 +165,7 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
             remark = f"  # {p.help}" if p.help else ""
             click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c07a
 def _committed(names: tuple[str, ...]) -> None:
     "A line for each committed record: what its run needed that is otherwise today."
     from afgstudy.study.parameters import select
@@ -215,7 +215,7 @@ def _parse_parameters(ctx: click.Context, option: click.Parameter, values: tuple
             raise click.BadParameter(f"the value of {name} is not YAML: {value!r}", ctx, option) from None
     return given
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c09a
 @main.command()
 @click.argument("names", nargs=-1, shell_complete=_experiment_names)
 @click.option("--all", "everything", is_flag=True, help="All experiments that have the preset.")
@@ -284,7 +284,7 @@ def run(
     _summary(outcomes)
     raise SystemExit(0 if all(o.ok for o in outcomes) else 1)
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c09b
 def _say(outcome) -> None:
     "One line for a run that has ended, and where to look if it failed."
     from afgstudy.study.planning import seconds_text
@@ -306,7 +306,7 @@ def _summary(outcomes: list) -> None:
     counts = [(sum(o.state == s for o in outcomes), w) for s, w in words.items()]
     click.echo(", ".join(f"{n} {w}" for n, w in counts if n))
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c09c
 def _dry_run(planned: list, jobs: int) -> int:
     "Say what would run and how long it may take; the exit status (1 where something cannot run)."
     from afgstudy.study.planning import estimated_seconds, seconds_text, state_of
@@ -401,7 +401,7 @@ def report(presets: tuple[str, ...], formats: str, committed: bool) -> None:
     for path in reversed(written):  # the page last
         click.echo(path)
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c11a
 @main.command()
 @click.argument("experiment", required=False, shell_complete=_experiment_names)
 @click.option("--preset", default="cpu", show_default=True, shell_complete=_preset_names)
