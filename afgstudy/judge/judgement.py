@@ -181,7 +181,7 @@ def curve_of(subject: Subject, data: Dataset, threat: Threat, effort: Effort, tr
         walked[radius] = turn(subject, walker(subject, ball, effort), data, ball, *rest)
     return along(tries, walked)
 
-
+# %% ../../nbs/16_judge/04_judgement.ipynb #c14a
 def brightness(subject: Subject, data: Dataset) -> float:
     "The accuracy on images times 255, 0 where those are refused."
     try:
@@ -191,7 +191,7 @@ def brightness(subject: Subject, data: Dataset) -> float:
     except ValueError:
         return 0.0
 
-
+# %% ../../nbs/16_judge/04_judgement.ipynb #c14a1
 PROBED = 64  # images of the checks that need no attack
 
 
@@ -238,7 +238,7 @@ def check_data(data: Dataset) -> None:
     if low < 0 or high > 1:
         raise DefenceError(f"the images have values in [{low:.3g}, {high:.3g}]: expected [0, 1]")
 
-
+# %% ../../nbs/16_judge/04_judgement.ipynb #c17a
 def judge(
     defence: object,  # a model: images in [0, 1] -> logits; or a defence: images -> Verdict
     data: Dataset,  # the images to judge it on

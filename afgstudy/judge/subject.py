@@ -71,7 +71,7 @@ def check_verdict(verdict: Verdict, n: int) -> None:
     if bad := int(torch.isnan(verdict.score).sum()):
         raise DefenceError(f"the verdict's score is NaN for {bad} of {n} images")
 
-
+# %% ../../nbs/16_judge/00_subject.ipynb #c10a
 def first_answer(thing: Callable, x: Tensor) -> object:
     "What it returns for `x`; an error inside becomes a `DefenceError` that keeps the cause."
     if not callable(thing):
@@ -98,7 +98,7 @@ def check_devices(thing: object, x: Tensor) -> None:
         raise DefenceError(f"its weights are on {', '.join(sorted(elsewhere))}, the images on {x.device}: "
                            "move it there in the factory")
 
-
+# %% ../../nbs/16_judge/00_subject.ipynb #c13a
 def step_named(thing: object, name: str) -> nn.Module:
     "The module at a dotted name; `DefenceError` where there is none."
     found = thing
@@ -124,7 +124,7 @@ class Subject:
     attackers: Callable | None = None  # (subject, threat, effort) -> attackers made for this defence
     name: str = "the defence"
 
-
+# %% ../../nbs/16_judge/00_subject.ipynb #c16a
 DECLARED = ("bare", "randomised", "not_differentiable", "score", "attackers")
 
 

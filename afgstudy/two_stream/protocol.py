@@ -65,7 +65,7 @@ def label_map(dataset: str) -> LabelMap:
         return identity_map(CLASSES, "shapes")
     return read_map()
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c05a
 def category_images(
     dataset: str,  # shapes, cifar10, imagenet1000, imagenet, cars, aircraft, or a part of these two
     n: int | None = None,  # images, chosen by seed; None: all
@@ -101,7 +101,7 @@ def category_images(
     y = torch.full_like(photos.y, first) if whole else labels(photos.y).clamp(min=0)
     return Dataset(dataset, split, x, y.to(x.device), labels.categories)
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c05a1
 def _photographs(dataset: str, split: str, size: int) -> Stream:
     "A set's photographs; of a part, nine tenths are test images and the others are for fitting."
     how = dict(size=size, workers=0, resize=_short_side(size))
@@ -114,7 +114,7 @@ def _short_side(size: int) -> int:
     "The short side before the central crop: 256 for 224 pixels, as ImageNet's networks are judged."
     return round(size * 256 / 224)
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c05a2
 def allowed_for(
     data: Dataset,  # as `category_images` gives it
 ) -> Tensor:  # [N, C] bool
@@ -147,7 +147,7 @@ def low_network(
     recipe = Recipe(epochs=epochs, schedule="cosine", seed=seed, **how)
     return trained_network(name, data, recipe, store, **options)
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c08a
 def high_network(
     dataset: str,
     name: str,
@@ -189,7 +189,7 @@ def build_evidence(
         parts.append(defence.look(x))
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in Evidence._fields}
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c10a
 def evidence_under(
     attack: Attack | None,  # None: the images as they are
     defence: TwoStream,
@@ -212,7 +212,7 @@ def build_universal(
     fitted = attack.fit(model, data.batches(batch_size))
     return {"perturbation": fitted.perturbation}, {"rates": list(fitted.fooling_rates)}
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #k02a
 def fitted_universal(
     defence: TwoStream,
     data: Dataset,  # images to fit to, none of which is judged later
@@ -236,7 +236,7 @@ class Column(NamedTuple):
     fit_data: Dataset  # images for the universal perturbation
     small: Tensor | None  # the images at the low resolution, where they were enlarged
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13a
 def column_for(
     dataset: str,
     n: int,  # images to judge, 0 for all
@@ -258,7 +258,7 @@ def column_for(
     small = load(dataset, "test", n=n or None, seed=seed).images() if dataset == "cifar10" else None
     return Column(data, defence.to(data.device), fit_data, small)
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13a1
 class Seen(NamedTuple):
     "What was seen of N images under one attack."
 
@@ -269,7 +269,7 @@ class Seen(NamedTuple):
 
 SLOW = ("MI-FGSM", "DeepFool", "One-pixel", "Three-pixel", "Carlini", "margin", "sum of types", "/255")
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13a2
 def under_attacks(
     b: Column,
     attacks: dict[str, Attack | None],
@@ -290,7 +290,7 @@ def under_attacks(
         seen[name] = Seen(found, data.y, allowed_for(data))
     return seen
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13b
 def on_part(s: Seen, n_slow: int, seed: int = 0) -> Seen:
     "What was seen of the `n_slow` images that slow attacks are given."
     if not n_slow or n_slow >= len(s.y):
@@ -306,7 +306,7 @@ def at_radius(name: str, eps: float) -> str:
     "The name of an attack at a further radius."
     return f"{name}, {255 * eps:.3g}/255"
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c16a
 def study_attacks(
     b: Column,
     eps: float,
