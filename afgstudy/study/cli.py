@@ -125,7 +125,7 @@ def _needs(name: str, preset: str, blocked: bool) -> str:
     lacking += [f"{n}: afgstudy weights get {n}" for n in files if weights_checksum(n) == "none"]
     return f"needs {'; '.join(lacking)}" if lacking else ""
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c07aa
 def _is_here(name: str) -> bool:
     "Whether a data set is on this machine; one that does not exist is not."
     from afgstudy.data.inventory import is_here
@@ -165,7 +165,7 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
             remark = f"  # {p.help}" if p.help else ""
             click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
 
-# %% ../../nbs/60_study/06_cli.ipynb #c07a
+# %% ../../nbs/60_study/06_cli.ipynb #c07ax
 def _committed(names: tuple[str, ...]) -> None:
     "A line for each committed record: what its run needed that is otherwise today."
     from afgstudy.study.parameters import select
@@ -181,7 +181,7 @@ def _committed(names: tuple[str, ...]) -> None:
             lines.append((record["experiment"], record["preset"], state, revision[:7], why))
     _table(lines, ("experiment", "preset", "state", "revision", "what changed"), one_line=True)
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c07axa
 @main.command()
 @click.argument("names", nargs=-1, shell_complete=_experiment_names)
 @click.option("--committed", is_flag=True, help="The records under data/results, and what has changed since.")
