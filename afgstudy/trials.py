@@ -8,7 +8,7 @@ __all__ = ['past_the_clip', 'both_networks', 'Disagreement', 'RoundTheGenome', '
 # %% ../nbs/55_hub/02_trials.ipynb #c02
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial, singledispatch
+from functools import singledispatch
 
 import torch
 from torch import Tensor

@@ -44,7 +44,16 @@ from afgstudy.judge.checks import (
     ranking,
     useful,
 )
-from .subject import DefenceError, Subject, Threat, averaged, inside, named, subject_of, with_score
+from afgstudy.judge.subject import (
+    DefenceError,
+    Subject,
+    Threat,
+    averaged,
+    inside,
+    named,
+    subject_of,
+    with_score,
+)
 from .turns import AS_GIVEN, NOBODY, Tried, settings_of, tallied, turn, worse
 from ..passes import in_batches
 from ..stats import Estimate, proportion

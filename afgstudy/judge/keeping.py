@@ -85,7 +85,7 @@ def judged_once(
     store: Store | None = None,  # None: the store in the folder of runs
     **settings,  # of `judge`
 ) -> Judgement:
-    "The judgement of this trial, from the store where it was held before. Raises `TypeError` for what has no description."
+    "This trial's judgement, from the store where it was held before. Raises `TypeError` for what cannot be described."
     call = partial(judge, defence, data, threat, **settings)
     kept = make_once("judgement", call, partial(build_judgement, call), store=store)
     return judgement_of(kept.tensors, kept.extra, data)
