@@ -82,7 +82,7 @@ def of_checkpoint(path: Path, weights: Weights) -> "dict[str, Tensor]":
     state = {name.removeprefix("module."): v for name, v in state.items()}
     return {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c10a
 RESNET32 = Weights(
     "resnet32_cifar10", "resnet32", "https://github.com/akamaster/pytorch_resnet_cifar10", "BSD-2-Clause",
     "the names lose their prefix 'module.', no number changes",
@@ -140,7 +140,7 @@ def of_torchvision(path: Path, weights: Weights) -> "dict[str, Tensor]":
         raise DownloadError(f"{path.name} lacks {len(missing)} tensors of {weights.network}, such as {missing[0]}")
     return {k: state[k].float() for k in own if k in state and not (headless and k.startswith("fc."))}
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c15a
 def torchvision_weights(
     name: str,  # ours
     network: str,  # for `create`
@@ -177,6 +177,8 @@ TORCHVISION = (
         classes=1000, size=224, **IMAGENET,
     ),
 )  # fmt: skip
+
+# %% ../nbs/00_core/07a_weights.ipynb #c17a
 KNOWN = {w.name: w for w in (RESNET32, *BY_HAND, *TORCHVISION)}
 
 
@@ -206,7 +208,7 @@ def _fits(path: Path, weights: Weights) -> str:
         return str(e)
     return ""
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c21a
 def check(name: str, root: str | Path | None = None) -> str:
     "What is wrong with a file of weights; empty if nothing is. Raises ValueError for a name or folder not known."
     weights, path = weights_named(name), weights_root(root) / f"{name}.safetensors"
@@ -218,7 +220,7 @@ def check(name: str, root: str | Path | None = None) -> str:
         given = hashlib.file_digest(file, "sha256").hexdigest()
     return "" if given == weights.sha256 else f"SHA-256 {given}, expected {weights.sha256}"
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c21a1
 def listing(root: str | Path | None = None) -> "pd.DataFrame":
     "A row for each file: its network, whether it is here, how to get it, the number it gives, licence and source."
     import pandas as pd
@@ -241,7 +243,7 @@ def _refuse(weights: Weights, root: Path) -> None:
             f"network, which give other numbers: afgstudy weights get {weights.instead}"
         )
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c25aa
 def _make(weights: Weights, root: Path) -> None:
     "Download and convert; nothing gets its name before it is whole and right. Raises OSError, DownloadError."
     source = fetch(weights.download, root)
