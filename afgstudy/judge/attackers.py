@@ -212,11 +212,11 @@ def white_box(subject: Subject, threat: Threat, effort: Effort) -> list[Attacker
 
 # %% ../../nbs/16_judge/01_attackers.ipynb #c25
 def labels_only(subject: Subject, classes: int) -> Model:
-    "The answered class as logits `[B, classes]`: one there, zero elsewhere; an answer outside the classes is all zero."
+    "The answered class as logits `[B, classes]`: 1 for it and -1 for the others."
 
     def one_hot(x: Tensor) -> Tensor:
         label = subject.defence(x).label[:, None]
-        return (label == torch.arange(classes, device=x.device)).to(x.dtype)
+        return (label == torch.arange(classes, device=x.device)).to(x.dtype) * 2 - 1
 
     return one_hot
 

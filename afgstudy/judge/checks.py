@@ -226,7 +226,7 @@ def constant(before: str, after: str) -> Check:
 # %% ../../nbs/16_judge/03_checks.ipynb #c22a1
 def aimed_at(subject: Subject, rejecting: bool) -> Check:
     "Whether the attackers could aim at being accepted."
-    blind = rejecting and subject.score is None
-    hidden = "it rejects but declares no differentiable score: no attacker aimed at being accepted"
+    blind = rejecting and subject.score is None and subject.attackers is None
+    hidden = "it rejects but declares neither a score nor attackers: no attacker aimed at being accepted"
     text = hidden if blind else "no attacker was kept from aiming at acceptance"
     return Check("rejection was attacked", WARN if blind else PASS, float(blind), text)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CARS', 'AIRCRAFT', 'PARTS', 'PHOTOGRAPHS', 'SLOW', 'WITH_RADIUS', 'JOINT_COLOURS', 'PAPER_SET', 'label_map',
-           'category_images', 'allowed_for', 'low_network', 'high_network', 'description', 'build_evidence',
-           'evidence_under', 'build_universal', 'fitted_universal', 'Column', 'column_for', 'Seen', 'under_attacks',
-           'on_part', 'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates', 'verdict_rates',
-           'summed', 'works', 'thresholds_at', 'AtShare', 'under_thresholds', 'at_share', 'attack_colour',
-           'replace_mode']
+           'category_images', 'allowed_for', 'further_trained', 'low_network', 'high_network', 'description',
+           'build_evidence', 'evidence_under', 'build_universal', 'fitted_universal', 'Column', 'column_for', 'Seen',
+           'under_attacks', 'on_part', 'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates',
+           'verdict_rates', 'summed', 'works', 'thresholds_at', 'AtShare', 'under_thresholds', 'at_share',
+           'attack_colour', 'replace_mode']
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c02
 import math
@@ -50,6 +50,7 @@ from afgstudy.two_stream.defence import (
 )
 from .labels import OTHER, LabelMap, identity_map, read_map
 from .networks import make_network, trained_network
+from .views import low_training
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c05
 CARS, AIRCRAFT = ("automobile", "truck"), ("airplane",)  # answers that are right for a whole set
@@ -124,6 +125,21 @@ def allowed_for(
         allowed[:, [data.classes.index(c) for c in CARS]] = True
     return allowed
 
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c08f
+def further_trained(
+    low: torch.nn.Module,  # trained in place
+    dataset: str,  # "shapes", or anything else for CIFAR-10 and Imagenette
+    n: int,  # images of it
+    epochs: int = 6,
+    seed: int = 0,
+    store: Store = NOWHERE,
+    **options,  # of shapes
+) -> torch.nn.Module:
+    "The low-resolution network after further training on views of its images and on shrunk photographs."
+    data = low_training("shapes" if dataset == "shapes" else "cifar10", n, seed, **options)
+    recipe = Recipe(epochs=epochs, batch_size=64, lr=1e-3, schedule="cosine", augment="crop_flip", seed=seed)
+    return trained_network("low", data, recipe, store, start=low)
+
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c08
 def low_network(
     dataset: str,  # "shapes", or anything else for CIFAR-10
@@ -135,17 +151,22 @@ def low_network(
     seed: int = 0,
     store: Store = NOWHERE,
     lr: float | None = None,  # highest learning rate; None: 3e-3 on shapes, else 2e-3
+    further: int = 0,  # images that it then goes on training on, in two views each; 0: none
+    further_epochs: int = 6,
     **options,
 ) -> torch.nn.Module:
     "The network that sees 32 pixels."
+    drawn = dict(agreement=agreement) if dataset == "shapes" else {}
     if weights:
-        return make_network(name, len(label_map(dataset).categories), 3, 32, weights=weights, **options)
-    shapes = dict(size=32, agreement=agreement) if dataset == "shapes" else {}
-    data = load("shapes" if shapes else "cifar10", "train", n=n_train, seed=seed, **shapes)
-    how = dict(batch_size=24, lr=3e-3) if shapes else dict(batch_size=64, lr=2e-3, augment="crop_flip")
-    how |= {"lr": lr} if lr else {}
-    recipe = Recipe(epochs=epochs, schedule="cosine", seed=seed, **how)
-    return trained_network(name, data, recipe, store, **options)
+        low = make_network(name, len(label_map(dataset).categories), 3, 32, weights=weights, **options)
+    else:
+        size = dict(size=32) if drawn else {}
+        data = load("shapes" if drawn else "cifar10", "train", n=n_train, seed=seed, **size, **drawn)
+        how = dict(batch_size=24, lr=3e-3) if drawn else dict(batch_size=64, lr=2e-3, augment="crop_flip")
+        how |= {"lr": lr} if lr else {}
+        recipe = Recipe(epochs=epochs, schedule="cosine", seed=seed, **how)
+        low = trained_network(name, data, recipe, store, **options)
+    return further_trained(low, dataset, further, further_epochs, seed, store, **drawn) if further else low
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c08a
 def high_network(
