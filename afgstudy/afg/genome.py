@@ -107,7 +107,7 @@ FORMAT = 2  # version of the layout below
 PARTS = 1_000_000  # a manifest that names more is none
 MANIFEST = "manifest.json"
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a
 class OtherGenomes(ValueError):
     "A folder of genomes of another model, of other images, settings or version."
 
@@ -119,7 +119,7 @@ class DamagedGenomes(RuntimeError):
 class UnfinishedGenomes(RuntimeError):
     "A genome that has not been made yet."
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a1
 def describe_genomes(
     genome: Genome,
     model: nn.Module,
@@ -137,7 +137,7 @@ def describe_genomes(
         "part_size": part_size,
     }  # fmt: skip
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a2
 def check_same(folder: Path, wanted: dict) -> None:
     "Raise `OtherGenomes` if the folder holds something else than `wanted`."
     there = json.loads((folder / MANIFEST).read_text())
@@ -167,7 +167,7 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c15a
 def part_length(path: Path, shape: Sequence[int]) -> int:
     "The genomes in a part, from its header; raises `DamagedGenomes` for what cannot be read."
     try:
