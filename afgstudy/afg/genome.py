@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'PARTS', 'MANIFEST', 'stitch', 'luminance', 'Genome', 'OtherGenomes', 'DamagedGenomes', 'UnfinishedGenomes',
            'describe_genomes', 'check_same', 'part_path', 'write_part', 'part_length', 'read_manifest', 'as_numbers',
-           'GenomeSet', 'build_genomes']
+           'GenomeFolder', 'GenomeSet', 'build_genomes']
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c02
 import json
@@ -213,8 +213,8 @@ def as_numbers(indices: Sequence[int] | Tensor, n: int) -> Tensor:
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c16
 @dataclass
-class GenomeSet:
-    "Genomes on disk: `genomes[i]`, `genomes.take(indices)`, `genomes.batches(64)`; nothing is loaded before."
+class GenomeFolder:
+    "A set of genomes on disk: its manifest and its parts."
 
     folder: Path
     manifest: dict = field(init=False, repr=False)
@@ -250,6 +250,10 @@ class GenomeSet:
                 return lazy[rows] if isinstance(rows, slice) else torch.cat([lazy[i : i + 1] for i in rows])
         except SafetensorError as e:
             raise DamagedGenomes(f"{path.name} cannot be read ({e}): build the set again") from e
+
+# %% ../../nbs/50_afg/03_genome.ipynb #c16s
+class GenomeSet(GenomeFolder):
+    "Genomes on disk: `genomes[i]`, `genomes.take(indices)`, `genomes.batches(64)`; nothing is loaded before."
 
     def __getitem__(self, i: int) -> Tensor:
         "One genome, uint8 `[N, S, S]`, read by its byte range."
