@@ -22,7 +22,9 @@ from ..keys import file_checksum, runs_root
 def data_root(
     root: str | Path | None = None,  # an answer that overrides every other
 ) -> Path:
-    "The folder that holds the downloaded sets; it need not exist."
+    "The folder that holds the downloaded sets; it need not exist. Raises TypeError for what is no path."
+    if not isinstance(root, str | Path | None):
+        raise TypeError(f"root must be the path of a folder or None, got {root!r}")
     if root or os.environ.get("AFGSTUDY_DATA"):
         return Path(root or os.environ["AFGSTUDY_DATA"]).expanduser()
     project = Path(afgstudy.__file__).resolve().parents[1]
