@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'stitch', 'luminance', 'Genome', 'OtherGenomes', 'DamagedGenomes', 'UnfinishedGenomes',
-           'describe_genomes', 'check_same', 'part_path', 'write_part', 'part_length', 'GenomeSet', 'build_genomes']
+           'describe_genomes', 'check_same', 'part_path', 'write_part', 'part_length', 'GenomeFolder', 'GenomeSet',
+           'build_genomes']
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c02
 import json
@@ -100,7 +101,7 @@ class Genome:
 FORMAT = 2  # version of the layout below
 MANIFEST = "manifest.json"
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a
 class OtherGenomes(ValueError):
     "A folder of genomes of another model, of other images, settings or version."
 
@@ -112,7 +113,7 @@ class DamagedGenomes(RuntimeError):
 class UnfinishedGenomes(RuntimeError):
     "A genome that has not been made yet."
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a1
 def describe_genomes(
     genome: Genome,
     model: nn.Module,
@@ -130,7 +131,7 @@ def describe_genomes(
         "part_size": part_size,
     }  # fmt: skip
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a2
 def check_same(folder: Path, wanted: dict) -> None:
     "Raise `OtherGenomes` if the folder holds something else than `wanted`."
     there = json.loads((folder / MANIFEST).read_text())
@@ -160,7 +161,7 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c15a
 def part_length(path: Path, shape: Sequence[int]) -> int:
     "The genomes in a part, from its header; raises `DamagedGenomes` for what cannot be read."
     try:
@@ -176,8 +177,8 @@ def part_length(path: Path, shape: Sequence[int]) -> int:
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c16
 @dataclass
-class GenomeSet:
-    "Genomes on disk: `genomes[i]`, `genomes.take(indices)`, `genomes.batches(64)`; nothing is loaded before."
+class GenomeFolder:
+    "A set of genomes on disk: its manifest and its parts."
 
     folder: Path
     manifest: dict = field(init=False, repr=False)
@@ -216,6 +217,10 @@ class GenomeSet:
         with safe_open(path, "pt") as part:
             lazy = part.get_slice(name)
             return lazy[rows] if isinstance(rows, slice) else torch.cat([lazy[i : i + 1] for i in rows])
+
+# %% ../../nbs/50_afg/03_genome.ipynb #c16s
+class GenomeSet(GenomeFolder):
+    "Genomes on disk: `genomes[i]`, `genomes.take(indices)`, `genomes.batches(64)`; nothing is loaded before."
 
     def __getitem__(self, i: int) -> Tensor:
         "One genome, uint8 `[N, S, S]`, read by its byte range."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'DASH', 'COLUMNS', 'IDENTITY', 'published', 'look_up', 'scrub', 'text_of', 'cells_of', 'table_of',
-           'caption_of', 'styled', 'parameters_of', 'Experiment', 'begin']
+           'caption_of', 'styled', 'parameters_of', 'Rows', 'Pages', 'Attacks', 'provenance_of', 'Experiment', 'begin']
 
 # %% ../../nbs/60_study/00_experiment.ipynb #c02
 import json
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/60_study/00_experiment.ipynb #c05
 PUBLISHED_COLUMNS = ["table", "dataset", "method", "attack", "metric", "value", "unit", "source"]
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c05a
 def published(
     paper: str,  # the paper's short name: "aalp"
     table: str | int | None = None,  # the table or figure; None: everything of the paper
@@ -91,7 +91,7 @@ def _machine_words() -> dict[str, str]:
     folders = {f: name for f, name in folders.items() if len(Path(f).parts) > 1 and Path(f).is_absolute()}
     return dict(sorted(folders.items(), key=lambda f: -len(f[0])))
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c10a
 def scrub(
     value: Any,  # text, or lists and dictionaries that hold text
 ) -> Any:  # the same without folders and name of this machine
@@ -116,7 +116,7 @@ DASH = "–"
 COLUMNS = "experiment dataset method attack metric published measured low high n seed preset unit".split()
 IDENTITY = ["dataset", "method", "attack", "metric", "seed"]
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c13a
 def _number(value: object) -> float | None:
     "A finite float, or None for None and NaN."
     return None if value is None or pd.isna(value) or not math.isfinite(value) else float(value)
@@ -127,7 +127,7 @@ def text_of(value: float | None, digits: int = 2, sign: bool = False) -> str:
     value = _number(value)
     return DASH if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c13a1
 def cells_of(row: Mapping, digits: int = 2) -> dict[str, str]:
     "published, measured [interval], gap and n of one row, as text."
     measured, low, high, n = (_number(row.get(k)) for k in ("measured", "low", "high", "n"))
@@ -163,7 +163,7 @@ def table_of(
     columns = list(dict.fromkeys(r[wide] for r in rows))
     return pd.DataFrame(cells.values(), index=index, columns=columns).fillna(DASH)
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c15a
 def caption_of(rows: list[dict]) -> str:
     "What all rows share: the dataset, the metric and its unit, the seed."
     shared = [(c, {r.get(c) for r in rows}) for c in ("dataset", "metric", "unit", "seed")]
@@ -173,7 +173,7 @@ def caption_of(rows: list[dict]) -> str:
     metric = " in ".join(str(facts[c]) for c in ("metric", "unit") if c in facts)
     return ", ".join(([facts["dataset"]] if "dataset" in facts else []) + [metric] * bool(metric))
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c15a1
 def styled(frame: pd.DataFrame, caption: str = "") -> "pd.io.formats.style.Styler":
     "The table for the notebook: right-aligned numbers, quiet lines, line breaks kept."
     rules = [
@@ -199,7 +199,7 @@ def parameters_of(
         n: namespace[n] for n in namespace.get("__annotations__", {}) if isinstance(namespace.get(n), plain)
     }
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c17a
 def _job(name: str) -> tuple[Path, dict]:
     "The folder to write to and what the runner says about this run; an empty dictionary without a runner."
     if folder := os.environ.get("AFGSTUDY_RUN_DIR"):
@@ -214,8 +214,14 @@ def _job(name: str) -> tuple[Path, dict]:
     return runs_root() / "by-hand" / name, {}
 
 # %% ../../nbs/60_study/00_experiment.ipynb #c18
-class Experiment:
-    "The rows, figures, notes and provenance of one experiment."
+def _in_unit(estimate: Any, unit: str) -> tuple[float, float, float, int]:
+    "Value, interval and n of an Estimate: a share, which a percentage shows times 100."
+    scale = 100 if unit == "%" else 1
+    return (*(scale * v for v in estimate[:3]), estimate.n)
+
+
+class Rows:
+    "The rows of one experiment: one number each."
 
     def __init__(
         self,
@@ -227,14 +233,6 @@ class Experiment:
         self.title, self.key, self.needs = job.get("title", ""), job.get("key"), job.get("needs")
         self.parameters = dict(parameters or {}) | job.get("parameters", {})
         self.rows: list[dict] = []
-        self.figures: list[dict] = []
-        self.notes: list[str] = []
-        self.verdicts: list[str] = []
-        self.attacks: list[dict] = []
-        self.datasets: list[dict] = []
-        self.artifacts: list[dict] = []
-        self._asked = len(ASKED)  # what the process took from the store before this experiment
-        self.started, self._start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
 
     def row(
         self,
@@ -252,15 +250,34 @@ class Experiment:
         unit: str = "%",
     ) -> None:
         "Add one number, or replace the one with the same dataset, method, attack, metric and seed."
-        if hasattr(measured, "low"):  # an Estimate: shares, which a percentage shows times 100
-            scale = 100 if unit == "%" else 1
-            measured, low, high, n = (*(scale * v for v in measured[:3]), measured.n)
+        if hasattr(measured, "low"):
+            measured, low, high, n = _in_unit(measured, unit)
         seed = self.parameters.get("seed") if seed is None else seed
         row = dict(experiment=self.name, dataset=dataset, method=method, attack=attack, metric=metric)
         row |= {"published": _number(published), "measured": _number(measured)}
         row |= {"low": _number(low), "high": _number(high), "n": None if n is None else int(n)}
         row |= {"seed": seed, "preset": self.preset, "unit": unit}
         self.rows = [r for r in self.rows if [r[k] for k in IDENTITY] != [row[k] for k in IDENTITY]] + [row]
+
+# %% ../../nbs/60_study/00_experiment.ipynb #c18p
+class Pages(Rows):
+    "Rows, and what a page shows beside them: tables, figures, notes and a verdict."
+
+    def __init__(self, name: str, parameters: Mapping[str, Any] | None = None):
+        super().__init__(name, parameters)
+        self.figures: list[dict] = []
+        self.notes: list[str] = []
+        self.verdicts: list[str] = []
+
+    def table(
+        self,
+        wide: str | None = None,  # "attack": the attacks side by side
+        digits: int = 2,
+        **where: Any,  # only these rows: metric="accuracy", seed=0
+    ) -> Any:  # a styled pandas table; None where no row fits
+        "The rows so far: published | measured [95% interval] | gap."
+        rows = [r for r in self.rows if all(r[k] == v for k, v in where.items())]
+        return styled(table_of(rows, wide, digits), caption_of(rows)) if rows else None
 
     def figure(self, fig: "Figure", name: str, caption: str = "") -> None:
         "Keep a figure as SVG and PNG under `figures/`."
@@ -280,6 +297,14 @@ class Experiment:
         "Print and keep a sentence that answers the experiment's question; pages show it in a box at the top."
         self.verdicts = [*[t for t in self.verdicts if t != text], text]
         print(text)
+
+# %% ../../nbs/60_study/00_experiment.ipynb #c18a
+class Attacks(Pages):
+    "Pages, and what runs of AutoAttack said on the way."
+
+    def __init__(self, name: str, parameters: Mapping[str, Any] | None = None):
+        super().__init__(name, parameters)
+        self.attacks: list[dict] = []
 
     def components(
         self,
@@ -309,6 +334,40 @@ class Experiment:
         frame = pd.DataFrame(lines, pd.MultiIndex.from_tuples(index, names=["dataset", "method", "attack", "seed"]))
         return frame.fillna(DASH)[[c for c in frame if c != "flags"] + ["flags"]]
 
+# %% ../../nbs/60_study/00_experiment.ipynb #c18v
+def provenance_of(exp: "Experiment") -> dict[str, Any]:
+    "Key, parameters, seeds, code, machine, time, datasets and artifacts of an experiment."
+    from afgstudy.device import describe_device
+
+    seeds = {r["seed"] for r in exp.rows} | {exp.parameters.get("seed")}
+    return {
+        "key": exp.key,
+        "parameters": canonical(exp.parameters, "parameters"),
+        "seeds": sorted(s for s in seeds if s is not None),
+        "revision": code_revision(),
+        "versions": package_versions(),
+        "device": describe_device(),
+        "started": exp.started,
+        "seconds": round(time.monotonic() - exp._start, 2),
+        "datasets": exp.datasets,
+        "artifacts": exp.artifacts + [a for a in ASKED[exp._asked :] if a not in exp.artifacts],
+    } | ({"needs": exp.needs} if exp.needs else {})
+
+# %% ../../nbs/60_study/00_experiment.ipynb #c18e
+class Experiment(Attacks):
+    "The rows, figures, notes and provenance of one experiment."
+
+    def __init__(
+        self,
+        name: str,  # the notebook's path below the folder of experiments: "aalp/table2"
+        parameters: Mapping[str, Any] | None = None,  # all of them; see `parameters_of`
+    ):
+        super().__init__(name, parameters)
+        self.datasets: list[dict] = []
+        self.artifacts: list[dict] = []
+        self._asked = len(ASKED)  # what the process took from the store before this experiment
+        self.started, self._start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+
     def used(self, *things: Any) -> None:
         "Note the datasets (name, split, checksum) and artifacts (kind, key) that the numbers come from."
         for thing in (t for t in things if t is not None):
@@ -320,38 +379,12 @@ class Experiment:
             if entry not in kept:
                 kept.append(entry)
 
-    def table(
-        self,
-        wide: str | None = None,  # "attack": the attacks side by side
-        digits: int = 2,
-        **where: Any,  # only these rows: metric="accuracy", seed=0
-    ) -> Any:  # a styled pandas table; None where no row fits
-        "The rows so far: published | measured [95% interval] | gap."
-        rows = [r for r in self.rows if all(r[k] == v for k, v in where.items())]
-        return styled(table_of(rows, wide, digits), caption_of(rows)) if rows else None
-
     def record(self) -> dict:
         "Everything, as plain JSON without a trace of the machine's folders or name."
-        from afgstudy.device import describe_device
-
-        seeds = {r["seed"] for r in self.rows} | {self.parameters.get("seed")}
-        provenance = {
-            "key": self.key,
-            "parameters": canonical(self.parameters, "parameters"),
-            "seeds": sorted(s for s in seeds if s is not None),
-            "revision": code_revision(),
-            "versions": package_versions(),
-            "device": describe_device(),
-            "started": self.started,
-            "seconds": round(time.monotonic() - self._start, 2),
-            "datasets": self.datasets,
-            "artifacts": self.artifacts + [a for a in ASKED[self._asked :] if a not in self.artifacts],
-        }
         head = {"experiment": self.name, "title": self.title, "preset": self.preset}
         body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "verdict": self.verdicts}
         body |= {"attacks": self.attacks} if self.attacks else {}
-        provenance |= {"needs": self.needs} if self.needs else {}
-        return scrub(head | body | {"provenance": provenance})
+        return scrub(head | body | {"provenance": provenance_of(self)})
 
     def save(self) -> None:
         "Write `record.json`: whole, or not at all. A run without it counts as failed."
