@@ -13,8 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Attack, ImageNoise, Model, check_logits, check_shape, gradient_of, margin
+from afgstudy.attacks.base import (
+    Attack,
+    ImageNoise,
+    Model,
+    check_count,
+    check_logits,
+    check_shape,
+    gradient_of,
+    margin,
+)
 from .gradient import fooled, norms, per_image
+from .settings import check_number, check_switch
 from ..device import is_accelerator
 
 # %% ../../nbs/10_attacks/03_carlini.ipynb #c05
@@ -83,15 +93,12 @@ class CarliniWagner(Attack):
     targeted: bool = False  # y is the class to reach
 
     def __post_init__(self):
-        if self.steps < 1 or self.search_steps < 1:
-            raise ValueError(
-                f"steps and search_steps must be at least 1, got {self.steps} and {self.search_steps}"
-            )
-        if self.step_size <= 0 or self.initial_c <= 0 or self.confidence < 0:
-            raise ValueError(
-                "step_size and initial_c must be positive and confidence at least 0, got "
-                f"step_size={self.step_size}, initial_c={self.initial_c}, confidence={self.confidence}"
-            )
+        check_count("steps", self.steps)
+        check_count("search_steps", self.search_steps)
+        for name, interval in (("step_size", "(0, inf)"), ("initial_c", "(0, inf)"), ("confidence", "[0, inf)")):
+            check_number(name, getattr(self, name), interval)
+        check_switch("abort_early", self.abort_early)
+        check_switch("targeted", self.targeted)
 
     @property
     def name(self) -> str:

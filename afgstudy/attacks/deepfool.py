@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Attack, ImageNoise, Model, check_logits
+from .base import Attack, ImageNoise, Model, check_count, check_logits
 from .gradient import fooled, per_image
+from .settings import check_choice, check_number
 from ..device import is_accelerator, may_look
 
 # %% ../../nbs/10_attacks/02_deepfool.ipynb #c05
@@ -77,15 +78,12 @@ class DeepFool(Attack):
     growth: float = 4.0  # how much a gradient may grow between two looks at its class; math.inf: always look
 
     def __post_init__(self):
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"norm must be 'linf' or 'l2', got {self.norm!r}")
-        if self.steps < 1 or self.overshoot < 0 or (self.candidates is not None and self.candidates < 2):
-            raise ValueError(
-                "steps must be at least 1, overshoot at least 0 and candidates at least 2 (or None), got "
-                f"steps={self.steps}, overshoot={self.overshoot}, candidates={self.candidates}"
-            )
-        if not self.growth >= 1:
-            raise ValueError(f"growth must be at least 1, got {self.growth}")
+        check_choice("norm", self.norm, ("linf", "l2"))
+        check_count("steps", self.steps)
+        if self.candidates is not None:
+            check_count("candidates", self.candidates, 2)
+        check_number("overshoot", self.overshoot, "[0, inf)")
+        check_number("growth", self.growth, "[1, inf]")
 
     @property
     def name(self) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Attack, ImageNoise, Model, check_logits, check_shape
+from .base import Attack, ImageNoise, Model, check_count, check_logits, check_shape
+from .settings import check_number, check_switch
 from ..device import is_accelerator, may_look
 
 # %% ../../nbs/10_attacks/05_pixel.ipynb #c05
@@ -83,12 +84,10 @@ class PixelAttack(Attack):
 
     def __post_init__(self):
         for name, least in (("pixels", 1), ("population", 4), ("steps", 0), ("batch_rows", 1)):
-            if getattr(self, name) is None and name == "batch_rows":
-                continue
-            if not isinstance(value := getattr(self, name), int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if not 0 < self.factor <= 2:
-            raise ValueError(f"factor must be in (0, 2], got {self.factor!r}")
+            if name != "batch_rows" or self.batch_rows is not None:
+                check_count(name, getattr(self, name), least)
+        check_number("factor", self.factor, "(0, 2]")
+        check_switch("targeted", self.targeted)
 
     @property
     def name(self) -> str:

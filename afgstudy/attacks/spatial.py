@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from .base import Attack, ImageNoise, Model, check_logits, check_shape, margin
+from .base import Attack, ImageNoise, Model, check_count, check_logits, check_shape, margin
 from .gradient import per_image
+from .settings import check_number, check_switch
 from .wrappers import straight_clip
 from ..device import may_look
 
@@ -55,13 +56,10 @@ class SpatialTransform(Attack):
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("searches", 1), ("patience", 0)):
-            if not isinstance(value := getattr(self, name), int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        for name in ("tau", "step_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if not self.kappa >= 0:
-            raise ValueError(f"kappa must be >= 0, got {self.kappa!r}")
+            check_count(name, getattr(self, name), least)
+        for name, interval in (("tau", "(0, inf)"), ("step_size", "(0, inf)"), ("kappa", "[0, inf)")):
+            check_number(name, getattr(self, name), interval)
+        check_switch("targeted", self.targeted)
 
     @property
     def name(self) -> str:

@@ -12,8 +12,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Attack, ImageNoise, Model, check_batch, check_logits, check_radius, frozen
+from afgstudy.attacks.base import (
+    Attack,
+    ImageNoise,
+    Model,
+    check_batch,
+    check_count,
+    check_logits,
+    check_radius,
+    frozen,
+)
 from .deepfool import DeepFool
+from .settings import check_number
 
 # %% ../../nbs/10_attacks/04_universal.ipynb #c05
 @dataclass(frozen=True)
@@ -51,12 +61,16 @@ def project_perturbation(v: Tensor, eps: float, norm: str) -> Tensor:
 
 def _images(batches: Iterable) -> list[Tensor]:
     "The images of all batches, which are tensors or `(x, y)` pairs, checked."
-    found = [b if isinstance(b, Tensor) else b[0] for b in batches]
-    found = [x.detach() for x in found if len(x)]
-    if not found:
-        raise ValueError("there are no images to fit a universal perturbation to")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches must be tensors x or pairs (x, y), got {batches!r}")
+    found = [b[0] if isinstance(b, tuple | list) and b else b for b in batches]
     for x in found:
-        check_batch(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if isinstance(x, Tensor) and x.ndim else None
+        check_batch(x, y)
+    found = [x.detach() for x in found if len(x)]
+    if len(sizes := {tuple(x.shape[1:]) for x in found}) != 1:
+        what = f"images of several shapes: {sorted(sizes)}" if sizes else "no images"
+        raise ValueError(f"a universal perturbation is fitted to images of one shape, there are {what}")
     return found
 
 # %% ../../nbs/10_attacks/04_universal.ipynb #c09
@@ -72,10 +86,8 @@ class UniversalPerturbation:
 
     def __post_init__(self):
         check_radius("eps", self.eps, self.norm)
-        if self.passes < 1 or not 0 < self.target_rate <= 1:
-            raise ValueError(
-                f"passes must be at least 1 and target_rate in (0, 1], got {self.passes} and {self.target_rate}"
-            )
+        check_count("passes", self.passes)
+        check_number("target_rate", self.target_rate, "(0, 1]")
 
     def fit(
         self,
@@ -85,6 +97,8 @@ class UniversalPerturbation:
     ) -> FittedUniversal:  # an attack
         "The perturbation with the best fooling rate of all passes, as an attack."
         images = _images(batches)
+        if not callable(model):
+            raise ValueError(f"model must be a function from images to logits, got {type(model).__name__}")
         with torch.inference_mode(False), torch.no_grad(), frozen(model):
             rates, best, clean = [], None, [answers(model, x) for x in images]
             for v in perturbations(self, model, images, clean, generator):

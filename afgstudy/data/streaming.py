@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from .dataset import _Images, as_index, batch_order, in_unit_range
 from .files import DamagedDataset
-from .loading import checked, choose, found, short_side
+from .loading import checked, choose, found, on_device, short_side
 from .photographs import cores, opened, square
 from .sources import Photographs
 from ..device import default_device
@@ -167,11 +167,11 @@ def stream(
     **options,  # resize, level, held_out
 ) -> Stream:
     "The same images as `load` with the same arguments, read as needed. Raises as `load`, and for sets of arrays."
-    source = checked(name, split, n, seed, size, validation, options)
+    source, device = checked(name, split, n, seed, size, validation, options), on_device(device, balanced)
     resize = short_side(size, options)
     if source.size and not name.startswith("folder:"):
         raise ValueError(f"{name} fits in memory: use load({name!r})")
     photos = found(source, split, n, seed, root, options)
     photos = replace(photos.take(choose(photos, split, n, seed, validation, balanced)), mend=source.mend)
     workers = cores() if workers is None else workers
-    return Stream(name, split, photos, size, resize, crop, workers, torch.device(device or default_device()))
+    return Stream(name, split, photos, size, resize, crop, workers, device)
