@@ -117,7 +117,7 @@ def figure_of(judgement: Judgement) -> Figure:
 
 # %% ../../nbs/16_judge/05_words.ipynb #c11c
 def beside_figure(worst: dict[str, dict[str, float]]) -> Figure:
-    "The worst case of several defences: percentages of right, rejected and wrong answers by name; the first is set off."
+    "The worst case of several defences, percentages of right, rejected and wrong by name; the first is set off."
     fig, ax = plt.subplots(figsize=(6.5, 0.9 + 0.38 * len(worst)), layout="constrained")
     stacked(ax, worst)
     ax.get_yticklabels()[0].set_fontweight("bold")
