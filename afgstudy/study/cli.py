@@ -165,7 +165,7 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
             remark = f"  # {p.help}" if p.help else ""
             click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
 
-# %% ../../nbs/60_study/06_cli.ipynb #c07a
+# %% ../../nbs/60_study/06_cli.ipynb #c07z
 def _committed(names: tuple[str, ...]) -> None:
     "A line for each committed record: what its run needed that is otherwise today."
     from afgstudy.study.parameters import select
