@@ -58,7 +58,7 @@ def gpus() -> list[str]:
     drivers = Path("/proc/driver/nvidia/gpus")
     return [str(i) for i in range(len(list(drivers.iterdir())))] if drivers.is_dir() else []
 
-
+# %% ../nbs/00_core/04_engines.ipynb #en07a
 own_gpus: ContextVar[str | None] = ContextVar("own_gpus", default=None)  # "0,1"; None: nobody has shared them out
 
 
@@ -167,7 +167,7 @@ def _watched(task: Callable, argument: Any, name: str) -> Any:
     finally:
         ended.set()
 
-
+# %% ../nbs/00_core/04_engines.ipynb #en15a
 def _settle(future: Future, remote: Any) -> None:
     "What became of a future of Dask becomes that of a future of `concurrent.futures`."
     if future.cancelled() or future.done():

@@ -54,7 +54,7 @@ from .weights import safetensors_bytes
 class ModelError(ValueError):
     "A published defence that is unknown or damaged, or a defence that cannot be published."
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c05a
 def described(network: nn.Module) -> dict:
     "What makes this network again, apart from its weights. Raises ModelError for one that nothing here made."
     network = getattr(network, "_orig_mod", network)
@@ -69,7 +69,7 @@ def described(network: nn.Module) -> dict:
         "make it with models.create, cafd.Denoiser or afg.second_network"
     )
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c05a1
 def rebuilt(about: Mapping) -> nn.Module:
     "A new network of this description, in eval mode."
     about = dict(about)
@@ -98,7 +98,7 @@ def _settings_of(defence: TwoStream) -> dict:
     own = {name: getattr(defence, name) for name in names}
     return {**own, "enlarged": isinstance(defence, EnlargedTwoStream), "labels": asdict(defence.labels)}
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c07a
 def taken_apart(defence: Defence | nn.Module) -> Parts:
     "The networks and settings of a defence. Raises ModelError for what is none of the study's."
     defence = defence.model if isinstance(defence, Undefended) else defence
@@ -112,7 +112,7 @@ def taken_apart(defence: Defence | nn.Module) -> Parts:
         return Parts("afg", {"model": defence.model, "second": second}, settings)
     return Parts("model", {"model": defence})
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c07a1
 def put_together(parts: Parts) -> Defence:
     "The defence that was taken apart."
     networks, settings = parts.networks, dict(parts.settings)
@@ -177,7 +177,7 @@ def clean_accuracy(defence: Defence, data: Dataset) -> dict:
 SOURCE = "https://raw.githubusercontent.com/afgstudy/afgstudy/main/data/models"
 TENSORS, ABOUT, INDEX = "defence.safetensors", "model.json", "index.json"
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c15a
 def source() -> str:
     "The address that defences are fetched from."
     return os.environ.get("AFGSTUDY_MODELS", SOURCE).rstrip("/")
@@ -198,7 +198,7 @@ def fetched_folder() -> Path:
         return Path(root).expanduser()
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "afgstudy" / "models"
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c15a1
 def about_in(folder: Path) -> dict:
     "What is known of the defence in a folder. Raises ModelError where its description cannot be read."
     try:
@@ -209,7 +209,7 @@ def about_in(folder: Path) -> dict:
         raise ModelError(f"{folder / ABOUT} does not describe a published defence")
     return about
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c15a2
 def here(root: Path | None = None) -> dict[str, Path]:
     "Name and folder of every defence on this machine, or under `root` alone."
     found = {}
@@ -231,7 +231,7 @@ def remote_index() -> dict[str, dict]:
         raise DownloadError(f"{url} is not an index of published defences")
     return found
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c17a
 def fetched(name: str, wait: float = 3600) -> Path:
     "The folder of a defence that was just downloaded and compared with its SHA-256. Raises DownloadError, ModelError."
     known = remote_index()
@@ -269,7 +269,7 @@ def _tensors(folder: Path, about: Mapping) -> dict[str, Tensor]:
     except SafetensorError as e:
         raise ModelError(f"{folder / TENSORS} is not a safetensors file: {e}") from e
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c20a
 def defence_in(folder: Path, device: torch.device | str | None = None) -> Defence:
     "The defence that a folder holds, in eval mode. Raises ModelError."
     about = about_in(folder)
@@ -285,7 +285,7 @@ def defence_in(folder: Path, device: torch.device | str | None = None) -> Defenc
         networks[role].to(device)
     return put_together(Parts(about["kind"], networks, about.get("settings", {})))
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c20a1
 def load_defence(
     name: str,  # as `afgstudy models list` prints it
     device: torch.device | str | None = None,  # default: `default_device()`
@@ -305,7 +305,7 @@ LIMIT = 30_000_000  # bytes of all published defences together
 def _float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v.long() for k, v in tensors.items()}
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c22a
 def write_index(root: Path) -> Path:
     "The index of all defences under `root`, from their own descriptions."
     models = {name: about_in(folder) for name, folder in here(root).items()}
@@ -314,7 +314,7 @@ def write_index(root: Path) -> Path:
     os.replace(part, root / INDEX)
     return root / INDEX
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c22a1
 def _check_room(name: str, size: int, root: Path) -> None:
     "Raise ModelError where a defence of so many bytes does not fit beside the others."
     others = sum(about_in(folder)["file"]["bytes"] for other, folder in here(root).items() if other != name)
@@ -404,7 +404,7 @@ def again(folder: Path) -> str:
         return ""
     return f"clean accuracy {now['accuracy']:.2f}%, published {given['accuracy']:.2f}%"
 
-
+# %% ../nbs/55_hub/00_hub.ipynb #c27a
 def check(name: str, root: Path | None = None) -> str:
     "What is wrong with a published defence on this machine; empty if nothing is."
     folder = here(root).get(name)

@@ -54,7 +54,7 @@ verdict = defence(x)              # label, flagged, score; defence.logits(x) whe
 ```
 """
 
-
+# %% ../nbs/55_hub/01_commands.ipynb #c07a
 def card(models: Mapping[str, Mapping]) -> str:
     "The README of a folder of published defences, as the Hub shows it."
     rows = ""
@@ -69,7 +69,7 @@ def card(models: Mapping[str, Mapping]) -> str:
 def models() -> None:
     "The published defences: what there is, checking and pushing them."
 
-
+# %% ../nbs/55_hub/01_commands.ipynb #c10a
 @models.command("list")
 @click.option("--fetchable", is_flag=True, help="Also those that load_defence would fetch.")
 def models_list(fetchable: bool) -> None:
@@ -86,7 +86,7 @@ def models_list(fetchable: bool) -> None:
         places = f"{hub.checkout_folder()} or {hub.fetched_folder()}"
         click.echo(f"no published defence in {places}; --fetchable asks {hub.source()}")
 
-
+# %% ../nbs/55_hub/01_commands.ipynb #c10a1
 @models.command("check")
 @click.argument("names", nargs=-1)
 def models_check(names: tuple[str, ...]) -> None:
@@ -112,7 +112,7 @@ def models_push(names: tuple[str, ...], repo: str, endpoint: str | None) -> None
         raise hub.ModelError(f"no published defence in {root}")
     click.echo(pushed({name: there[name] for name in names or there}, repo, endpoint))
 
-
+# %% ../nbs/55_hub/01_commands.ipynb #c11a
 def pushed(folders: Mapping[str, Path], repo: str, endpoint: str | None = None) -> str:
     "Upload these folders, their index and a card in one commit; the commit's address. Raises ModelError."
     try:

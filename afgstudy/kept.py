@@ -75,7 +75,7 @@ def check_course(scratch: Path) -> None:
         if not all((scratch / f"epoch-{e:04d}.safetensors").exists() for e in range(done)):
             checkpoint.unlink()
 
-
+# %% ../nbs/15_kept/00_kept.ipynb #o08a
 def build_course(run: partial, scratch: Path) -> tuple[dict, dict]:
     "Train; the weights after every epoch. What a killed training has written is there when it goes on."
 
@@ -89,7 +89,7 @@ def build_course(run: partial, scratch: Path) -> tuple[dict, dict]:
     tensors = {f"{i}/{name}": v for i, file in enumerate(files) for name, v in load_file(file).items()}
     return tensors, {"history": result.history, "best_epoch": result.best_epoch}
 
-
+# %% ../nbs/15_kept/00_kept.ipynb #o08a1
 def states_of(course: Artifact) -> tuple[dict[str, Tensor], ...]:
     "The weights after each epoch, in order."
     states: list[dict[str, Tensor]] = [{} for _ in course.extra["history"]]
@@ -106,7 +106,7 @@ def _from_course(keep: str, spec: dict, run: partial, code: tuple, store: Store 
     kept = states[course.extra["best_epoch"] if keep == "best" else -1]
     return states, lambda scratch: (kept, course.extra)
 
-
+# %% ../nbs/15_kept/00_kept.ipynb #o11a
 def fitted(
     model: nn.Module,  # as it starts; its weights are replaced by the trained ones
     data: Dataset,
@@ -185,7 +185,7 @@ def build_answers(call: partial, scratch: Path) -> dict[str, Tensor]:
     found = found if isinstance(found, dict) else {"": found}
     return {f"found/{name}": value for name, value in found.items()}
 
-
+# %% ../nbs/15_kept/00_kept.ipynb #j05a
 def judged(
     function: Callable,  # called as function(attack=, model=, data=, seed=, **settings): `survives`, `survives_steps`
     trained: Trained,
@@ -211,7 +211,7 @@ class AutoAttacked(NamedTuple):
     accuracy: dict[str, float]  # "clean", then the share that is left after each component
     flags: tuple[str, ...]  # its warnings
 
-
+# %% ../nbs/15_kept/00_kept.ipynb #aa1a
 def build_evaluation(attack: "AutoAttack", model: Model, data: Dataset, seed: int, scratch: Path) -> tuple[dict, dict]:
     "Run AutoAttack on a whole set; who survived, and what it said."
     from afgstudy.attacks.external import AutoAttackWarning
@@ -220,7 +220,7 @@ def build_evaluation(attack: "AutoAttack", model: Model, data: Dataset, seed: in
         found = attack.evaluate(model, data.images(), data.y, generator_for(seed, "attack", attack.name))
     return {"found": found.robust}, {"accuracy": list(found.accuracy.items()), "flags": list(found.flags)}
 
-
+# %% ../nbs/15_kept/00_kept.ipynb #aa1a1
 def autoattacked(
     attack: "AutoAttack",
     trained: Trained,

@@ -88,7 +88,7 @@ def tensor_digest(
         digest.update(_bytes(value))
     return digest.hexdigest()
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c11a
 def state_digest(
     model: object,  # a module, or its state: name -> tensor
 ) -> str:
@@ -117,7 +117,7 @@ def _layers(model: object, where: str) -> list:
         found.append([name, _callable_name(type(layer), where), canonical(plain, f"{where}.{name}")])
     return found
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c14a
 def _special(value: object, where: str) -> object:
     "The description of what is no plain value, list or dictionary."
     kind = type(value)
@@ -161,7 +161,7 @@ def canonical(
         return [canonical(v, f"{where}[{i}]") for i, v in enumerate(value)]
     return _special(value, where)
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c15a
 def key_of(
     value: object,  # whatever `canonical` takes
 ) -> str:  # 64 hexadecimal digits
@@ -183,7 +183,7 @@ def fsync(path: Path) -> None:
     finally:
         os.close(handle)
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c20a
 def write_whole(
     path: Path,  # where to
     content: str | bytes,
@@ -207,7 +207,7 @@ def _read_checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c21a
 def file_checksum(
     path: Path | str,
     cache: Path | None = None,  # JSON file that remembers checksums; None: always read
@@ -239,7 +239,7 @@ class Facts(NamedTuple):
 _FACTS: dict[str, Facts] = {}  # by the SHA-256 of the source
 _asked: set[str] = set()  # those that this process has used
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c24a1
 def _without_docstrings(tree: ast.Module) -> str:
     "A syntax tree as source, its docstrings gone. Changes the tree."
     for node in ast.walk(tree):
@@ -249,7 +249,7 @@ def _without_docstrings(tree: ast.Module) -> str:
                 node.body = body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c24a2
 def _imports_in(tree: ast.Module) -> Iterator[list]:
     "Every import in a syntax tree: [dots, module, name or None, alias]."
     for node in ast.walk(tree):
@@ -279,7 +279,7 @@ def essence(
     "The source without comments, layout and docstrings: what is left when only documentation is edited."
     return facts_of(source).essence
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c24aa
 def python_source(
     source: str,  # a cell or a module
 ) -> str:
@@ -299,7 +299,7 @@ def _maker() -> str:
     "What made the facts: this module and this Python."
     return f"{_read_checksum(Path(find_spec('afgstudy.keys').origin))} {sys.version}"
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c25ba
 def recall_facts(file: Path) -> None:
     "Read the facts about sources that an earlier process kept; a missing or broken file is an empty one."
     try:
@@ -310,7 +310,7 @@ def recall_facts(file: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c25ba1
 def keep_facts(file: Path, most: int = 5000) -> None:
     "Write the facts of this process for the next one, if there are new ones. Past `most`, only those just used."
     if _FACTS.keys() <= _kept:
@@ -358,7 +358,7 @@ def _text_of(path: Path) -> str:
     stat = os.stat(path)
     return _text(str(path), stat.st_size, stat.st_mtime_ns)
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c29a1
 def _python_files(folder: str) -> Iterator[tuple[str, int, int]]:
     "Path, size and time of every Python file below a folder."
     with os.scandir(folder) as entries:
@@ -437,7 +437,7 @@ def imported_modules(
         todo |= here.next_of(module) - seen
     return {m: Path(here.files[m][0]) for m in sorted(seen)}
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c30a
 def source_checksums(
     sources: Iterable[str],  # as for `imported_modules`
     **where: object,  # package, folder
@@ -521,7 +521,7 @@ def _version(distribution: str) -> str:
     "The version of an installed package."
     return metadata.version(distribution)
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c40a
 def library_versions(
     sources: Iterable[str],  # plain Python
 ) -> dict[str, str]:
@@ -551,7 +551,7 @@ def asset_checksums(
     reads = any("assets" in _text_of(file) for file in modules)
     return {f.name: _checksum_once(f) for f in sorted(assets.glob("*")) if f.is_file()} if reads else {}
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c41a
 def published_folder() -> Path:
     "The papers' numbers: `data/published/` in the project, else the copy that the installed package carries."
     here = project_root() / "data" / "published"
@@ -614,7 +614,7 @@ PACKAGES = (
     "safetensors captum foolbox pyautoattack papermill nbclient ipykernel"
 ).split()
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c50a
 def code_revision(
     folder: Path | None = None,  # default: the project
 ) -> dict | None:  # {"commit": str, "dirty": bool}; None outside git
@@ -633,7 +633,7 @@ def code_revision(
     except (OSError, subprocess.SubprocessError):
         return None
 
-
+# %% ../nbs/00_core/00_keys.ipynb #c50a1
 def package_versions() -> dict[str, str]:
     "Python's version and those of the packages that results depend on, as far as they are installed."
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}

@@ -31,7 +31,7 @@ from . import networks
 # %% ../nbs/00_core/07_models.ipynb #c05
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
+# %% ../nbs/00_core/07_models.ipynb #c05a
 class Normalise(nn.Module):
     "`(x - mean) / std` for each channel; raises `ValueError` for anything but such images."
 
@@ -58,7 +58,7 @@ class Normalise(nn.Module):
             raise ValueError(f"the model takes floating-point images in [0, 1], got {x.dtype}")
         return (x - self.mean) / self.std
 
-
+# %% ../nbs/00_core/07_models.ipynb #c05a1
 class Classifier(nn.Module):
     "`network` after `normalise`: images `[B, C, H, W]` in [0, 1] -> logits `[B, K]`."
 
@@ -95,7 +95,7 @@ def _theirs() -> list[str]:
     "torchvision's classification networks."
     return torchvision.models.list_models(module=torchvision.models)
 
-
+# %% ../nbs/00_core/07_models.ipynb #c08a
 def _near(name: str, known: Sequence[str], n: int = 5) -> str:
     "A clause that names what is near to `name`, else what there is."
     near = difflib.get_close_matches(name, known, n, cutoff=0.5)
@@ -119,7 +119,7 @@ _STEMS = {  # family: (first convolution, first pool, further convolutions that 
     r"inception_v3": ("Conv2d_1a_3x3.conv", "maxpool1", ("Conv2d_2a_3x3.conv", "Conv2d_4a_3x3.conv")),
 }
 
-
+# %% ../nbs/00_core/07_models.ipynb #c11a
 def _replace_conv(network: nn.Module, name: str, **changes) -> None:
     "Put a new convolution, He-initialised and different in `changes`, in the place of the one called `name`."
     old = network.get_submodule(name)
@@ -127,7 +127,7 @@ def _replace_conv(network: nn.Module, name: str, **changes) -> None:
     new = networks.he_init(nn.Conv2d(**{**keep, "bias": old.bias is not None, **changes}))
     network.set_submodule(name, new)
 
-
+# %% ../nbs/00_core/07_models.ipynb #c11a1
 def _shrink(name: str, network: nn.Module, size: int, classes: int) -> nn.Module:
     "`network`, changed to suit images of `size` pixels."
     if size > _SMALL:
@@ -162,7 +162,7 @@ def _torchvision(name: str, classes: int, channels: int, size: int, **options) -
         _replace_conv(network, first, in_channels=channels)
     return network
 
-
+# %% ../nbs/00_core/07_models.ipynb #c14a
 def _inception_v3_trunk(classes: int, channels: int, size: int, **options) -> nn.Module:
     "Inception v3 from the first layer through `Mixed_7a`, average pooling, a linear head."
     whole = dict(_torchvision("inception_v3", classes, channels, size, **options).named_children())
@@ -170,7 +170,7 @@ def _inception_v3_trunk(classes: int, channels: int, size: int, **options) -> nn
     head = nn.Linear(1280, classes)
     return networks.named(**trunk, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=head)
 
-
+# %% ../nbs/00_core/07_models.ipynb #c14a1
 def _build(name: str, classes: int, channels: int, size: int, **options) -> nn.Module:
     "The bare network; no activation works in place (it would overwrite what a hook has saved)."
     if name in _OWN:
@@ -198,7 +198,7 @@ class WeightsError(ValueError):
 
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 
-
+# %% ../nbs/00_core/07_models.ipynb #c17a
 def find_weights(
     weights: str | Path,  # the name of a file in `AFGSTUDY_WEIGHTS`, or a path
 ) -> Path:  # the file
@@ -233,21 +233,21 @@ class About:
     options: dict = field(default_factory=dict)  # of the network
     folded: bool = False  # batch norms are folded into the convolutions; their biases are all that is left
 
-
+# %% ../nbs/00_core/07_models.ipynb #c20a
 KNOWN = {
     "resnet32_cifar10": About("resnet32", 10, 3, 32, IMAGENET_MEAN, IMAGENET_STD),
     "squeezenet1_0_imagenet": About("squeezenet1_0", 1000, 3, 224, IMAGENET_MEAN, IMAGENET_STD),
     "inception_v3_trunk": About("inception_v3_trunk", None, 3, 299, 0.5, 0.5, folded=True),
 }
 
-
+# %% ../nbs/00_core/07_models.ipynb #c20a1
 def _default_weights(name: str):
     "torchvision's default weights for `name`."
     if name not in _theirs():
         raise ValueError(f"torchvision has no weights for {name!r}: name a file or give a path")
     return torchvision.models.get_model_weights(name).DEFAULT
 
-
+# %% ../nbs/00_core/07_models.ipynb #c20a2
 def about_weights(weights: str | Path, name: str | None = None) -> About:
     "What `weights` imply (empty where nothing says so); `name` is the network `\"default\"` is asked for."
     if weights == "default":
@@ -272,7 +272,7 @@ def _read_header(path: Path) -> dict[str, str]:
     except SafetensorError as e:
         raise WeightsError(f"{path} is not a whole safetensors file (an interrupted download?): {e}") from e
 
-
+# %% ../nbs/00_core/07_models.ipynb #c23a
 def _read(path: Path) -> dict[str, Tensor]:
     "The named tensors of a file; raises `WeightsError` if it is damaged or holds anything else."
     try:
@@ -290,7 +290,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} has NaN or infinite numbers in {bad[0]}")
     return state
 
-
+# %% ../nbs/00_core/07_models.ipynb #c23a1
 def _download(name: str) -> dict[str, Tensor]:
     "torchvision's default weights for `name`, under the names its network uses today."
     enum = _default_weights(name)
@@ -325,7 +325,7 @@ def head(model: nn.Module) -> tuple[str, nn.Module]:
         raise ValueError(f"{type(_bare(model)).__name__} has neither a linear layer nor a convolution")
     return last[-1]
 
-
+# %% ../nbs/00_core/07_models.ipynb #c25a
 def _unfold(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     "`state` with the statistics that leave nothing of a batch norm but its bias."
     neutral = {}
@@ -336,7 +336,7 @@ def _unfold(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
             neutral[f"{name}.running_mean"] = 0 * ones
     return {**neutral, **state}
 
-
+# %% ../nbs/00_core/07_models.ipynb #c25a1
 def _problems(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     "What keeps `state` from fitting `own`, in words."
     wrong = [
@@ -376,7 +376,7 @@ def load_weights(
         whole.normalise.load_state_dict(needed.state_dict())
     return model
 
-
+# %% ../nbs/00_core/07_models.ipynb #c26a
 def _floats(values) -> list[float]:
     "Numbers from a number, a sequence or a tensor."
     return torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
@@ -420,7 +420,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
     finally:
         torch.set_rng_state(before)
 
-
+# %% ../nbs/00_core/07_models.ipynb #c30a
 def _dry_run(network: nn.Module, channels: int, size: int, classes: int) -> None:
     "Raise unless `network` maps images of this form to logits of `classes`; computes shapes only."
     state = {k: v.to("meta") for k, v in (*network.named_parameters(), *network.named_buffers())}
@@ -500,7 +500,7 @@ def _find_layer(model: nn.Module, layer: str) -> tuple[nn.Module, int]:
 class _Stop(Exception):
     "Raised inside a forward pass when the last wanted layer has run."
 
-
+# %% ../nbs/00_core/07_models.ipynb #c36a
 def features(
     model: nn.Module,  # a model, or any module; hooks are on it during a call only
     layers: str | Sequence[str],  # names, as `layers(model)` lists them
@@ -572,7 +572,7 @@ def _copies(gradient: Tensor) -> int:
         return torch._remove_batch_dim(gradient, 1, 1, 0).shape[0]
     return 1
 
-
+# %% ../nbs/00_core/07_models.ipynb #c45a
 @contextmanager
 def count_passes(
     model: nn.Module,  # calls of this module are counted, calls of its parts are not

@@ -40,7 +40,7 @@ def _side(size: int, smallest: int, name: str) -> None:
     if size < smallest:
         raise ValueError(f"{name} takes images of {smallest} pixels or more, got size={size}")
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c07a
 def lenet5(classes: int = 10, channels: int = 1, size: int = 28) -> nn.Module:
     "LeNet-5 (LeCun et al. 1998), ReLU and max pooling: 5x5 maps 6-16, units 120-84; 61,706 weights."
     _side(size, 12, "lenet5")
@@ -52,7 +52,7 @@ def lenet5(classes: int = 10, channels: int = 1, size: int = 28) -> nn.Module:
         fc3=nn.Linear(84, classes),
     )
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c07a1
 def madry_mnist(classes: int = 10, channels: int = 1, size: int = 28) -> nn.Module:
     "The MNIST network of Madry et al. (2018): 5x5 maps 32-64, 1,024 units; 3.27 million weights."
     _side(size, 4, "madry_mnist")
@@ -88,7 +88,7 @@ class ZeroPadShortcut(nn.Module):
         before = self.missing // 2
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.missing - before))
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c14a
 def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
     "He's option B: a strided 1x1 convolution with batch norm."
     return named(conv=conv(inputs, outputs, 1, stride), bn=nn.BatchNorm2d(outputs))
@@ -116,7 +116,7 @@ def _stage(block, blocks: int, inputs: int, outputs: int, stride: int, **options
     first = block(inputs, outputs, stride, **options)
     return nn.Sequential(first, *(block(outputs, outputs, 1, **options) for _ in range(blocks - 1)))
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c17a
 def _residual(
     block,  # BasicBlock or Bottleneck
     stem: int,  # maps of the first convolution
@@ -133,7 +133,7 @@ def _residual(
     head = nn.Linear(widths[-1], classes)
     return he_init(named(**layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=head))
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c17a1
 def resnet32(classes: int = 10, channels: int = 3, size: int = 32) -> nn.Module:
     "He's CIFAR ResNet-32 (6n + 2, n = 5): widths 16-32-64, option-A shortcuts; 0.46 million weights."
     _side(size, 4, "resnet32")
@@ -167,7 +167,7 @@ class Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * x
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c20a
 def _conv_bn_relu(inputs: int, outputs: int, **extra: nn.Module) -> nn.Sequential:
     "3x3 convolution, batch norm, ReLU, then whatever else."
     return named(conv=conv(inputs, outputs), bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(), **extra)
@@ -177,7 +177,7 @@ def _pair(width: int) -> nn.Module:
     "A residual pair of convolutions."
     return Residual(nn.Sequential(_conv_bn_relu(width, width), _conv_bn_relu(width, width)))
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c20a1
 def resnet9_dawn(classes: int = 10, channels: int = 3, size: int = 32) -> nn.Module:
     "DAWNBench's ResNet-9 (Page 2018): 64-128-256-512 maps, two residual pairs; 6.57 million weights."
     _side(size, 8, "resnet9_dawn")
@@ -231,7 +231,7 @@ class WideBlock(nn.Module):
         x = x if self.shortcut is None else self.shortcut(y)
         return x + self.conv2(self.dropout(self.relu2(self.bn2(self.conv1(y)))))
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c24a
 def wrn28_10(classes: int = 10, channels: int = 3, size: int = 32, dropout: float = 0.3) -> nn.Module:
     "WRN-28-10 (Zagoruyko and Komodakis 2016), dropout between a block's convolutions; 36.5 million weights."
     _side(size, 4, "wrn28_10")
@@ -260,7 +260,7 @@ def _plain(plan: list, channels: int, batch_norm: bool) -> nn.Module:
         layers.pop(last, None)
     return he_init(nn.Sequential(layers | {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}))
 
-
+# %% ../nbs/00_core/06_networks.ipynb #c28a
 def nin(
     classes: int = 10, channels: int = 3, size: int = 32, batch_norm: bool = False, dropout: float = 0.5
 ) -> nn.Module:

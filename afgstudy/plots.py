@@ -34,6 +34,8 @@ COLOURS: dict[str, str] = {
     "DDN": "#6A3D9A",
     "AutoAttack": "#000000",
 }
+
+# %% ../nbs/00_core/11_plots.ipynb #c04a
 METHOD_COLOURS: dict[str, str] = {
     "RAW": "#777777",
     "Madry adv": "#0072B2",
@@ -46,14 +48,14 @@ METHOD_COLOURS: dict[str, str] = {
     "ADV+GD": "#882255",
 }
 
-
+# %% ../nbs/00_core/11_plots.ipynb #c04a1
 def colour(name: str) -> str:
     "The study's colour of an attack or a method; `PGD-40` and `PGD` share one. Grey for a name without one."
     known = {**METHOD_COLOURS, **COLOURS}
     match = [k for k in known if name == k or name.startswith((f"{k}-", f"{k} "))]
     return known[max(match, key=len)] if match else "#777777"
 
-
+# %% ../nbs/00_core/11_plots.ipynb #c04a2
 def use_style() -> None:
     "Set seaborn's whitegrid with the study's fonts and sizes, for all figures that follow."
     sns.set_theme(
@@ -91,7 +93,7 @@ def show_image(ax: plt.Axes, image: Tensor, title: str = "", colour: str = "0.2"
     ax.set_title(title, fontsize=8, color=colour, pad=3, fontweight="normal")
     ax.axis("off")
 
-
+# %% ../nbs/00_core/11_plots.ipynb #c07a
 def image_grid(
     images: Tensor,  # [N, C, H, W] in [0, 1]
     titles: Sequence[str] = (),  # one an image, or none

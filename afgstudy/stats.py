@@ -44,7 +44,7 @@ def as_booleans(values) -> np.ndarray:
         )
     return array.astype(bool).ravel()
 
-
+# %% ../nbs/00_core/10_stats.ipynb #c05a
 def proportion(
     hits,  # [N] truth values: was this image answered rightly?
     confidence: float = 0.95,
@@ -90,7 +90,7 @@ def detectable(
     effect = TTestPower().solve_power(nobs=estimate.n, alpha=1 - confidence, power=power, alternative="two-sided")
     return float(effect) * spread
 
-
+# %% ../nbs/00_core/10_stats.ipynb #c11ba
 def power_for(
     estimate: Estimate,  # of `mean_over_seeds`: differences by seed
     difference: float,  # the true mean to be seen, in the estimate's unit
@@ -175,7 +175,7 @@ class Paired(NamedTuple):
             f"{self.difference:+.2%} [{self.low:+.2%}, {self.high:+.2%}], p = {self.p_value:.3g} (n={self.n})"
         )
 
-
+# %% ../nbs/00_core/10_stats.ipynb #c13a
 def paired(
     a,  # [N] truth values: method a right?
     b,  # [N] truth values of method b on the same images
@@ -230,7 +230,7 @@ class ROC(NamedTuple):
         "The detection rate at a false-positive rate of at most `fpr`."
         return float(self.tpr[np.searchsorted(self.fpr, fpr, side="right") - 1])
 
-
+# %% ../nbs/00_core/10_stats.ipynb #c19a
 def roc(
     clean,  # [N] scores of clean images
     attacked,  # [M] scores of attacked images

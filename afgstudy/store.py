@@ -59,7 +59,7 @@ class Artifact:
     def bytes(self) -> int:
         return self.manifest["bytes"]
 
-
+# %% ../nbs/00_core/01_store.ipynb #c05a
 class CorruptArtifact(Exception):
     "The files of an artifact are not what was written."
 
@@ -70,7 +70,7 @@ class DiskFull(OSError):
 # %% ../nbs/00_core/01_store.ipynb #c07
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 
-
+# %% ../nbs/00_core/01_store.ipynb #c07a
 def _read(folder: Path) -> Artifact | None:
     "The artifact in a folder; None if there is none; `CorruptArtifact` if it is damaged."
     from safetensors import SafetensorError
@@ -93,7 +93,7 @@ def _read(folder: Path) -> Artifact | None:
             return None
         raise CorruptArtifact(f"{type(e).__name__}: {e}") from e
 
-
+# %% ../nbs/00_core/01_store.ipynb #c07a1
 def _set_aside(folder: Path) -> Path:
     "Move a damaged artifact out of the way, under a name that is free. Nothing is deleted."
     taken = len(list(folder.parent.glob(f".{folder.name}.damaged-*")))
@@ -113,7 +113,7 @@ def _apart(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
         seen.add(t.untyped_storage().data_ptr())
     return apart
 
-
+# %% ../nbs/00_core/01_store.ipynb #c08a
 def _write(folder: Path, tensors: "dict[str, Tensor]", manifest: dict) -> None:
     "Write an artifact to a part folder and rename it to `folder`."
     from safetensors.torch import save_file
@@ -139,7 +139,7 @@ def _is_full(error: BaseException) -> bool:
     numbers = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
     return getattr(error, "errno", None) in numbers or "os error 28" in str(error)
 
-
+# %% ../nbs/00_core/01_store.ipynb #c11a
 @contextmanager
 def room_for(folder: Path, needed: int):
     "Raise `DiskFull` where `needed` bytes do not fit, before writing or when writing fails."
@@ -164,7 +164,7 @@ Build = Callable[[Path], "dict[str, Tensor] | tuple[dict[str, Tensor], dict]"]
 log = logging.getLogger("afgstudy.store")
 ASKED: list[dict[str, str]] = []  # kind and key of every artifact that this process took from a store, in order
 
-
+# %% ../nbs/00_core/01_store.ipynb #c14a
 class Store:
     "The content-addressed folder of artifacts."
 
@@ -261,7 +261,7 @@ def locked(folder: Path):
     finally:
         lock.release()
 
-
+# %% ../nbs/00_core/01_store.ipynb #c15a
 def _built(kind: str, key: str, spec: dict, build: Build, scratch: Path) -> "tuple[dict[str, Tensor], dict]":
     "Build; the tensors on the CPU, and the manifest that goes with them."
     start = time.monotonic()
@@ -272,7 +272,7 @@ def _built(kind: str, key: str, spec: dict, build: Build, scratch: Path) -> "tup
     manifest["tensors"] = {n: {"dtype": str(t.dtype), "shape": list(t.shape)} for n, t in tensors.items()}
     return tensors, manifest | {"seconds": round(time.monotonic() - start, 3)}
 
-
+# %% ../nbs/00_core/01_store.ipynb #c15a1
 def _origin() -> dict[str, Any]:
     "What a manifest says about where its artifact comes from."
     return {

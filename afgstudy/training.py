@@ -76,7 +76,7 @@ def both_logits(model: nn.Module, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Ten
     "The logits of clean and attacked images from one pass over both; they share batch statistics."
     return model(torch.cat([x, x_adv])).float().chunk(2)
 
-
+# %% ../nbs/00_core/09_training.ipynb #c09a
 @dataclass(frozen=True)
 class Madry:
     "`CE(x_adv) + clean_weight * CE(x)` (Madry et al. 2018, eq. 2.1, for `clean_weight=0`)."
@@ -160,7 +160,7 @@ def kl_to(logits: Tensor, target: Tensor) -> Tensor:
     "KL(target || softmax(logits)) of each image, `[B]`; `target` `[B, K]` holds log-probabilities."
     return nn.functional.kl_div(logits.log_softmax(1), target, reduction="none", log_target=True).sum(1)
 
-
+# %% ../nbs/00_core/09_training.ipynb #c15a
 @dataclass(frozen=True)
 class TRADES:
     "`CE(x) + beta * KL(p(x) || p(x_adv))`, where the attack maximises the same KL (Zhang et al. 2019, eq. 5)."
@@ -191,7 +191,7 @@ CHOICES = {
     "precision": ("float32", "bfloat16"),
 }
 
-
+# %% ../nbs/00_core/09_training.ipynb #c20a
 @dataclass(frozen=True)
 class Recipe:
     "How to train: optimiser, schedule, augmentation, precision, seed."
@@ -264,7 +264,7 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), momentum=recipe.momentum, **settings)
     return torch.optim.Adam(model.parameters(), **settings)
 
-
+# %% ../nbs/00_core/09_training.ipynb #c23a
 def take_step(
     model: nn.Module,
     x: Tensor,
@@ -297,7 +297,7 @@ def check_loss(loss: float, epoch: int, lr: float) -> None:
             "try a smaller learning rate; the checkpoint of the epoch before is kept"
         )
 
-
+# %% ../nbs/00_core/09_training.ipynb #3762de5da
 def run_epoch(
     model: nn.Module,  # in train mode afterwards
     data: Dataset,
@@ -349,7 +349,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
+# %% ../nbs/00_core/09_training.ipynb #32eace73a
 def read_checkpoint(path: Path, spec: dict) -> dict | None:
     "The state in `path`; None if there is none or it is torn; raises where it belongs to another training."
     if not path.exists():

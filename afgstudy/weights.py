@@ -82,7 +82,7 @@ def of_checkpoint(path: Path, weights: Weights) -> "dict[str, Tensor]":
     state = {name.removeprefix("module."): v for name, v in state.items()}
     return {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c10a
 RESNET32 = Weights(
     "resnet32_cifar10", "resnet32", "https://github.com/akamaster/pytorch_resnet_cifar10", "BSD-2-Clause",
     "the names lose their prefix 'module.', no number changes",
@@ -119,7 +119,8 @@ BY_HAND = (
         "mobilenet_v2_imagenet", "mobilenet_v2", "https://github.com/google-coral/test_data", "Apache-2.0",
         "mobilenet_v2_1.0_224_quant.tflite dequantised, the class 'background' dropped, float16; needs TensorFlow's "
         "padding at stride 2",
-        "no preset uses it; 13 points less with torchvision's padding, says its header",
+        "75.5% top-1 on Imagenette's validation images, as `mobilenet_v2_tf` of afgstudy.two_stream.networks; "
+        "fewer with torchvision's padding (its header: 13 points fewer)",
         "7187d479aebe8e12f4fa2003d6c7624e477db43ce42768d268c6d11b3303cba8", instead="mobilenet_v2_torchvision",
     ),
 )  # fmt: skip
@@ -139,7 +140,7 @@ def of_torchvision(path: Path, weights: Weights) -> "dict[str, Tensor]":
         raise DownloadError(f"{path.name} lacks {len(missing)} tensors of {weights.network}, such as {missing[0]}")
     return {k: state[k].float() for k in own if k in state and not (headless and k.startswith("fc."))}
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c15a
 def torchvision_weights(
     name: str,  # ours
     network: str,  # for `create`
@@ -176,6 +177,8 @@ TORCHVISION = (
         classes=1000, size=224, **IMAGENET,
     ),
 )  # fmt: skip
+
+# %% ../nbs/00_core/07a_weights.ipynb #c17a
 KNOWN = {w.name: w for w in (RESNET32, *BY_HAND, *TORCHVISION)}
 
 
@@ -205,7 +208,7 @@ def _fits(path: Path, weights: Weights) -> str:
         return str(e)
     return ""
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c21a
 def check(name: str, root: str | Path | None = None) -> str:
     "What is wrong with a file of weights; empty if nothing is. Raises ValueError for a name or folder not known."
     weights, path = weights_named(name), weights_root(root) / f"{name}.safetensors"
@@ -217,7 +220,7 @@ def check(name: str, root: str | Path | None = None) -> str:
         given = hashlib.file_digest(file, "sha256").hexdigest()
     return "" if given == weights.sha256 else f"SHA-256 {given}, expected {weights.sha256}"
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c21a1
 def listing(root: str | Path | None = None) -> "pd.DataFrame":
     "A row for each file: its network, whether it is here, how to get it, the number it gives, licence and source."
     import pandas as pd
@@ -240,7 +243,7 @@ def _refuse(weights: Weights, root: Path) -> None:
             f"network, which give other numbers: afgstudy weights get {weights.instead}"
         )
 
-
+# %% ../nbs/00_core/07a_weights.ipynb #c25aa
 def _make(weights: Weights, root: Path) -> None:
     "Download and convert; nothing gets its name before it is whole and right. Raises OSError, DownloadError."
     source = fetch(weights.download, root)

@@ -70,7 +70,7 @@ def entry_of(record: Mapping, method: str, page: str) -> Entry:
     "The line of one defence in a record of the summary."
     rows = {(r["attack"], r["metric"]): r for r in record["rows"] if r["method"] == method}
     passes, time = (rows.get(("clean", metric)) for metric in ("passes an image", "time an image"))
-    cost = [f"{passes['measured']:,.0f} passes"] if passes else []
+    cost = [f"{passes['measured']:,.0f} pass{'' if passes['measured'] == 1 else 'es'}"] if passes else []
     cost += [f"{time['measured']:,.1f} ms"] if time else []
     adaptive = rows.get(("adaptive", "right"))
     return Entry(

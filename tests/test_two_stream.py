@@ -56,6 +56,7 @@ from afgstudy.two_stream.protocol import (
     cross_fitted,
     evidence_under,
     high_network,
+    low_network,
     on_part,
     shuffle_tiles,
     study_attacks,
@@ -65,6 +66,7 @@ from afgstudy.two_stream.protocol import (
     verdict_rates,
 )
 from afgstudy.two_stream.reputation import counting, mixed, rates, transition, wrong_answers
+from afgstudy.two_stream.views import views
 
 EPS = 8 / 255
 
@@ -721,6 +723,24 @@ def test_every_row_of_the_study_runs_and_adds_up(pair):
         assert high_hits(s.evidence, s.allowed).shape == low_hits(s.evidence, s.allowed).shape
 
 
+def test_the_further_training_changes_the_small_network_once_and_is_kept(tmp_path):
+    store, how = Store(tmp_path), dict(name="pooled_cnn", n_train=20, epochs=1, width=4)
+    first, again = (low_network("shapes", further=24, further_epochs=1, store=store, **how) for _ in range(2))
+    plain = low_network("shapes", store=store, **how)
+    assert [a.kind for a in store.ls()] == ["model", "model"]
+    pairs = [zip(m.parameters(), first.parameters(), strict=True) for m in (again, plain)]
+    assert [all(torch.equal(a, b) for a, b in pair) for pair in pairs] == [True, False]
+
+
+def test_views_of_an_image_are_squares_of_it():
+    data = load("shapes", "train", n=3, size=64)
+    whole = views(data, 1, zoom=(1, 1), blur=0.0, size=64)
+    assert torch.equal(whole.x, data.x)  # the whole image is all that a square of its own size can be
+    blurred = views(data, 4, zoom=(1, 1), blur=3.0, size=64)
+    rough = [(x[:, :, 1:] - x[:, :, :-1]).abs().sum((1, 2)) for x in blurred.images().split(1)]
+    assert len({round(r.sum().item(), 2) for r in rough}) > len(data)  # some are blurred, and some are not
+
+
 def test_cross_fitting_judges_every_image_by_a_network_that_has_not_seen_it(monkeypatch):
     from afgstudy.training import Recipe
     from afgstudy.two_stream import protocol as module
@@ -886,6 +906,28 @@ def test_the_defence_on_real_networks(real_data, real_weights):
     assert said.right.sum() >= 6 and said.wrong.sum() <= 2
     verdict = defence(torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
     assert verdict.score.min() > 0.5  # noise is nothing the two agree on
+
+
+@pytest.mark.real
+def test_mobilenet_reads_photographs_with_tensorflows_padding(real_data, real_weights):
+    photos = load("imagenette", "test", n=60, size=224, seed=0)
+    springer, truck = (photos.classes.index(c) for c in ("English springer", "garbage truck"))
+    data = photos.take((photos.y == springer) | (photos.y == truck))
+    network = high_network("imagenet1000", "mobilenet_v2_tf", "mobilenet_v2_imagenet", 224)
+    with torch.no_grad():
+        label = network(data.images()).argmax(1)
+    right = label == torch.where(data.y == springer, 217, 569)
+    assert len(data) >= 5 and right.float().mean() >= 0.5
+
+
+@pytest.mark.real
+def test_no_photograph_that_is_judged_is_among_those_the_small_network_is_trained_on(real_data):
+    judged, trained_on = category_images("imagenet1000"), load("imagenette", "train", size=224)
+
+    def coarse(data: Dataset) -> torch.Tensor:
+        return torch.cat([resize(x, 8, "area").flatten(1) for x, _ in data.batches(64)])
+
+    assert torch.cdist(coarse(judged), coarse(trained_on)).min() > 0.5  # copies of another size lie below 0.1
 
 
 # --- the experiments ---

@@ -32,7 +32,7 @@ class Pairs(NamedTuple):
         paired = weight * self.pairing
         return paired / (self.classification + paired).clamp(min=1e-12)
 
-
+# %% ../../nbs/20_aalp/03_consistency.ipynb #c05a
 def pairs_from(
     clean: Tensor,  # logits, [N, K]
     adversarial: Tensor,  # logits, [N, K]

@@ -35,7 +35,7 @@ def feature_contribution(
         handle.remove()
     return contribution_at(layer, kept[0], y)
 
-
+# %% ../../nbs/20_aalp/02_contributions.ipynb #c05a
 def contributions(
     model: nn.Module,
     data: Dataset,
@@ -61,7 +61,7 @@ class Concentration(NamedTuple):
     gini: float  # 0: all alike, towards 1: one holds everything
     half: int  # the smallest number of features that together hold half of the sum
 
-
+# %% ../../nbs/20_aalp/02_contributions.ipynb #c09a
 def concentration(
     scores: Tensor,  # [F], not negative
 ) -> Concentration:

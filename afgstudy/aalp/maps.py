@@ -26,7 +26,7 @@ def last_convolution(model: nn.Module) -> nn.Conv2d:
         raise ValueError("activation maps need a convolution, and this model has none")
     return found[-1]
 
-
+# %% ../../nbs/20_aalp/04_maps.ipynb #c05a
 def activation_maps(
     model: nn.Module,
     x: Tensor,  # [B, C, H, W] in [0, 1]

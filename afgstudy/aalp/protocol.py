@@ -70,7 +70,7 @@ def inner_attack(p: Protocol) -> PGD:
     "The attack inside the training."
     return PGD(eps=p.eps, step_size=p.train_step_size, steps=p.train_steps)
 
-
+# %% ../../nbs/20_aalp/05_protocol.ipynb #p08a
 def objectives(
     p: Protocol,
     methods: Iterable[str],  # rows of Table 2 or 3
@@ -80,7 +80,7 @@ def objectives(
     mask = {"rescale": p.rescale, **mask}
     return choose(list(methods), weight=p.alp_weight, beta=p.trades_beta, **mask)
 
-
+# %% ../../nbs/20_aalp/05_protocol.ipynb #p08a1
 def split(
     p: Protocol,
     name: str,  # "train", "validation" or "test"
@@ -110,7 +110,7 @@ def network_for(
         snapshots=snapshots, **options,
     )  # fmt: skip
 
-
+# %% ../../nbs/20_aalp/05_protocol.ipynb #p12a
 def networks_of(
     p: Protocol,
     methods: Iterable[str],  # rows of Table 2 or 3

@@ -83,7 +83,7 @@ class FeatureAdversary:
 
             return descend(loss, x, self.eps, self.steps)
 
-
+# %% ../../nbs/50_afg/06_attacker.ipynb #c08a
 def guides(
     y: Tensor,  # [B] classes
 ) -> Tensor:  # [B] indices
@@ -115,7 +115,7 @@ class StandIn(nn.Module):
         pooled = [m.relu().mean((2, 3)) for m in self.read(x)[1].values()]
         return F.linear(torch.cat(pooled, 1), self.weight, self.bias)
 
-
+# %% ../../nbs/50_afg/06_attacker.ipynb #c11a
 def imitate(
     model: nn.Module,
     layers: Sequence[str],

@@ -26,7 +26,7 @@ def _share(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
         raise click.BadParameter(f"{text!r} is not K/N with 0 <= K < N, such as 0/4") from None
     return k, n
 
-
+# %% ../../nbs/50_afg/09_cli.ipynb #c05a
 @genome.command("build")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--dataset", default="shapes", show_default=True, help="A data set of the study.")
@@ -66,7 +66,7 @@ def genome_build(folder, dataset, split, images, train_images, layers, share, **
         f"{len(found)} genomes in {found.parts} parts" + (f", {left} parts still to make" if left else "")
     )
 
-
+# %% ../../nbs/50_afg/09_cli.ipynb #c05a1
 def _answers(model, data):
     "The network's answers to a whole set."
     from afgstudy.passes import in_batches
@@ -97,7 +97,7 @@ def genome_info(folder):
     for name, text in lines.items():
         click.echo(f"{name:8}  {text}")
 
-
+# %% ../../nbs/50_afg/09_cli.ipynb #c07a
 @genome.command("show")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("numbers", nargs=-1, type=int)

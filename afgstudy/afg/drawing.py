@@ -39,7 +39,7 @@ def spectrum_weights(size: int, like: Tensor) -> Tensor:
     f = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None])
     return (size / f.clamp_min(1 / size)).to(like)
 
-
+# %% ../../nbs/50_afg/02_drawing.ipynb #c05a
 def pictures_of(
     z: Tensor,  # [B, C, size, size // 2 + 1, 2]
     size: int,
@@ -120,7 +120,7 @@ def looks(
     second = [[k - settings.settle / 2 for k in draw(settings.settle + 1)] for _ in range(2)]
     return list(zip(scales, angles, *first, *second, strict=True))
 
-
+# %% ../../nbs/50_afg/02_drawing.ipynb #c10a
 def seen(
     x: Tensor,  # [B, C, S, S] in [0, 1]
     look: tuple[float, float, float, float, float, float],  # one of `looks`
@@ -160,7 +160,7 @@ class _Redirected(torch.autograd.Function):
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
-
+# %% ../../nbs/50_afg/02_drawing.ipynb #c13a
 class redirected_relu(TorchFunctionMode):
     "Inside this context every ReLU has the redirected gradient (of a loss to be minimised)."
 

@@ -56,7 +56,7 @@ def _box(ax: plt.Axes, x: float, y: float, w: float, h: float, text: str) -> Non
 def _arrow(ax: plt.Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color="0.35", lw=1.2))
 
-
+# %% ../../nbs/50_afg/08_figures.ipynb #c08a
 def method_figure(
     image: Tensor | None,  # [C, H, W] in [0, 1]; None: it may not be shown
     pictures: Mapping[str, Tensor],  # layer -> stitched picture [3, S, S] in [0, 1]

@@ -100,7 +100,7 @@ class Genome:
 FORMAT = 2  # version of the layout below
 MANIFEST = "manifest.json"
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a
 class OtherGenomes(ValueError):
     "A folder of genomes of another model, of other images, settings or version."
 
@@ -112,7 +112,7 @@ class DamagedGenomes(RuntimeError):
 class UnfinishedGenomes(RuntimeError):
     "A genome that has not been made yet."
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a1
 def describe_genomes(
     genome: Genome,
     model: nn.Module,
@@ -130,7 +130,7 @@ def describe_genomes(
         "part_size": part_size,
     }  # fmt: skip
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c13a2
 def check_same(folder: Path, wanted: dict) -> None:
     "Raise `OtherGenomes` if the folder holds something else than `wanted`."
     there = json.loads((folder / MANIFEST).read_text())
@@ -160,7 +160,7 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
+# %% ../../nbs/50_afg/03_genome.ipynb #c15a
 def part_length(path: Path, shape: Sequence[int]) -> int:
     "The genomes in a part, from its header; raises `DamagedGenomes` for what cannot be read."
     try:

@@ -33,7 +33,7 @@ def leading_vectors(
     right = (right @ turn.mT).mT[:, :r]
     return (left * values[:, None]).mT[:, :r], right
 
-
+# %% ../../nbs/50_afg/01_groups.ipynb #c05a
 def nndsvd(
     a: Tensor,  # [B, P, C], non-negative
     r: int,
@@ -71,7 +71,7 @@ def squared_error(total: Tensor, factor: Tensor, product: Tensor, gram: Tensor) 
 # %% ../../nbs/50_afg/01_groups.ipynb #c09
 BLOCK = 5  # steps between two looks at the errors
 
-
+# %% ../../nbs/50_afg/01_groups.ipynb #c09a
 def nmf(
     a: Tensor,  # [B, P, C], non-negative: positions by channels
     r: int,  # groups
@@ -105,7 +105,7 @@ def nmf(
                 break
     return tuple(result)
 
-
+# %% ../../nbs/50_afg/01_groups.ipynb #c09a1
 def _check(a: Tensor, r: int) -> None:
     "Raise unless rank `r` makes sense for these matrices."
     if a.ndim != 3 or not a.is_floating_point():
@@ -124,7 +124,7 @@ class Groups(NamedTuple):
     channels: Tensor  # V: [B, r, C], rows of length 1 (0 for a silent group)
     error: Tensor  # [B], relative reconstruction error, 0 for a silent layer
 
-
+# %% ../../nbs/50_afg/01_groups.ipynb #c16a
 def ordered(where: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     "The groups by the column in which they peak, left to right; the stronger first where they share one."
     energy = where.flatten(2).square().sum(2)
@@ -133,7 +133,7 @@ def ordered(where: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     order = by_energy.gather(1, column.argsort(dim=1, stable=True))
     return (t[torch.arange(len(t), device=t.device)[:, None], order] for t in (where, channels))
 
-
+# %% ../../nbs/50_afg/01_groups.ipynb #c16a1
 def groups_of(
     maps: Tensor,  # [B, C, H, W]: one layer's activations
     r: int = 4,

@@ -116,7 +116,7 @@ def with_pooled_head(model: Classifier, classes: int) -> Classifier:
     )
     return Classifier(network, model.normalise, model.config | {"classes": classes, "head": "pooled"})
 
-
+# %% ../../nbs/50_afg/07_protocol.ipynb #c08a
 def fit_head(model: nn.Module, data: Dataset, batch_size: int = 64) -> nn.Module:
     "The model with its last linear layer fitted to `data` by logistic regression; changed in place."
     layer, kept = penultimate(model), []
@@ -135,7 +135,7 @@ def fit_head(model: nn.Module, data: Dataset, batch_size: int = 64) -> nn.Module
 # %% ../../nbs/50_afg/07_protocol.ipynb #c09
 SMALL = {"small_vgg": (12, 16, 24, 32, 48, 64), "slim_vgg": (8, 12, 20, 24, 32, 48)}  # widths
 
-
+# %% ../../nbs/50_afg/07_protocol.ipynb #c09a
 def first_network(
     protocol: Protocol,
     store: Store = NOWHERE,
@@ -196,7 +196,7 @@ class Rows(NamedTuple):
         "The same samples with only these layers of their genomes."
         return self._replace(genome=self.genome[:, list(index)])
 
-
+# %% ../../nbs/50_afg/07_protocol.ipynb #c11a
 def joined(parts: Sequence[Rows]) -> Rows:
     "All samples of several kinds."
     return Rows(*(torch.cat(t) for t in zip(*parts, strict=True)))
@@ -234,7 +234,7 @@ def drawn(
 # %% ../../nbs/50_afg/07_protocol.ipynb #c12
 NOISE = "noise of "  # and an attack: harmless noise, as long (L2) as the attack's change of each image
 
-
+# %% ../../nbs/50_afg/07_protocol.ipynb #c12a
 @dataclass(repr=False)
 class Material:
     "All that the tables of one first network need, computed when it is asked for."
@@ -435,7 +435,7 @@ def contest(
         scores[name] = linear_probe(getattr(train, what), wanted)(getattr(test, what))
     return scores
 
-
+# %% ../../nbs/50_afg/07_protocol.ipynb #c22a
 def mixed(classes: int) -> Callable[[Rows], Tensor]:
     "The mixed labels of samples."
     return lambda rows: mixed_label(rows.y, rows.answer, classes)
@@ -445,7 +445,7 @@ def no_reading(rows: Rows, classes: int) -> Tensor:
     "The first network's answer in both halves, as scores `[M, 2K]`."
     return mixed_label(rows.answer, rows.answer, classes)
 
-
+# %% ../../nbs/50_afg/07_protocol.ipynb #c22a1
 def configuration(protocol: Protocol, second: Second) -> str:
     "First and second network, named as the paper does."
     names = {"vgg16": "VGG16", "googlenet": "GoogleNet"}

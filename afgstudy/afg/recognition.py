@@ -56,7 +56,7 @@ def top2_iou(
     s = torch.zeros_like(label).scatter(1, chosen, 1.0)
     return (s * label).sum(1) / torch.maximum(s, label).sum(1)
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #c08a
 def decode(
     scores: Tensor,  # [B, 2K]: logits of the original half, then of the adversarial half
     threshold: float | None = None,  # flag where the score exceeds it; None: where the halves disagree
@@ -96,12 +96,12 @@ class Fitted:
         "The scores, on the CPU."
         return in_batches(self.score, x, batch_size=256).cpu()
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #c13a
 def unit(x: Tensor) -> Tensor:
     "Eight bits as [0, 1]; floats as they are, in single precision."
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #c13a1
 class Reader(nn.Module):
     "A network that takes eight-bit genomes from any device."
 
@@ -112,7 +112,7 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.network(unit(x.to(next(self.parameters()).device)))
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #c13a2
 def bce_over_entries(scores: Tensor, target: Tensor) -> Tensor:
     "Binary cross-entropy, summed over the entries and averaged over the batch."
     return F.binary_cross_entropy_with_logits(scores, target) * target.shape[1]
@@ -198,7 +198,7 @@ def logistic(
     model = LogisticRegression(C=1 / (2 * decay * len(z)), max_iter=5000, tol=1e-6).fit(z, labels)
     return model.classes_, model.coef_ if turn is None else model.coef_ @ turn.T, model.intercept_
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #1090891ea
 def affine_fit(
     x: Tensor,  # [N, D]
     target: Tensor,  # [N, outputs] of 0 and 1
@@ -231,7 +231,7 @@ def held_back(source: Tensor, share: float = 0.25, seed: int = 0) -> Tensor:
     order = torch.randperm(len(known), generator=generator_for(seed, "held back"))
     return torch.isin(source, known[order[: round(share * len(known))]])
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #1aaec767a
 def chosen_decay(
     x: Tensor,  # [N, D]
     target: Tensor,  # [N, outputs]
@@ -250,7 +250,7 @@ def chosen_decay(
         losses.append(float(loss(F.linear(x[held], weight, bias), target[held].float())))
     return DECAYS[int(np.argmin(losses))]
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #1aaec767a1
 def linear_probe(
     x: Tensor,  # [N, ...], flattened
     target: Tensor,  # [N, outputs] of 0 and 1
@@ -293,7 +293,7 @@ def svm(
 
     return Fitted(score)
 
-
+# %% ../../nbs/50_afg/04_recognition.ipynb #c18a
 def ensemble(members: Sequence[Fitted]) -> Fitted:
     "The mean of the members' probabilities, as log-odds."
 

@@ -82,7 +82,7 @@ def map_shares(
     shares = totals / totals.sum(1, keepdim=True).clamp_min(FLOOR) + FLOOR
     return shares / shares.sum(1, keepdim=True)
 
-
+# %% ../../nbs/50_afg/00_separation.ipynb #c09a
 def kl_divergence(clean: Tensor, other: Tensor) -> Tensor:
     "KL divergence of the map shares of each image, `[B]` (AFG eq. 4); arguments as `relative_distance`."
     p, q = map_shares(clean), map_shares(other)

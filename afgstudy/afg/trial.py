@@ -123,7 +123,7 @@ def folds_of(
     place = torch.unique(source, return_inverse=True)[1]
     return place.div(10, rounding_mode="floor") % folds
 
-
+# %% ../../nbs/50_afg/07a_trial.ipynb #t13a
 def cross_scores(
     fit: Callable[
         [Tensor, Tensor], Callable
@@ -162,7 +162,7 @@ def probe_reading(
 
     return fit
 
-
+# %% ../../nbs/50_afg/07a_trial.ipynb #t14ba
 def network_reading(
     x: Tensor,  # [M, ...]: genomes (uint8) or maps
     target: Tensor,  # [M, outputs] of 0 and 1
@@ -180,7 +180,7 @@ def network_reading(
 
     return fit
 
-
+# %% ../../nbs/50_afg/07a_trial.ipynb #t14ba1
 def canonical_tiles(
     genome: Tensor,  # uint8 [M, N, S, S]
     factors: Sequence[Tensor],  # [M, r, C] for each layer, in the order of its tiles
@@ -212,7 +212,7 @@ def _wins(
         raise ValueError("an area under the ROC needs attacked and clean samples in one fold")
     return wins, pairs
 
-
+# %% ../../nbs/50_afg/07a_trial.ipynb #t16a
 def fold_auc(
     scores: Sequence[Tensor],  # [M] each, one a seed of the reader: larger is more attacked
     attacked: Tensor,  # [M] bool

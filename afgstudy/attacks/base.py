@@ -23,7 +23,7 @@ from ..passes import in_mode
 # %% ../../nbs/10_attacks/00_base.ipynb #c04
 Model = Callable[[Tensor], Tensor]  # images [B, C, H, W] in [0, 1] -> logits [B, K]
 
-
+# %% ../../nbs/10_attacks/00_base.ipynb #c04a
 @contextmanager
 def frozen(
     model: Model,  # a module, or any function from images to logits
@@ -177,7 +177,7 @@ def _glance(logits: Tensor, y: Tensor) -> list[float]:
     low, high = y.aminmax() if y.dtype in _WHOLE else (torch.zeros_like(bad), torch.zeros_like(bad))
     return torch.stack([bad, (~chances).sum(), low.flatten()[0], high.flatten()[0]]).tolist()
 
-
+# %% ../../nbs/10_attacks/00_base.ipynb #c33a
 def check_logits(logits: Tensor, y: Tensor) -> None:
     "Raise unless `logits` is a finite `[B, K]` with every class in `y` (where `y` holds classes); warn of a softmax."
     check_shape(logits, len(y))

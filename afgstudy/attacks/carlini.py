@@ -55,7 +55,7 @@ def hinge_gradient(
         gradient = gradient_of((gap + kappa).clamp(min=0).sum(), leaf)
     return gradient, logits.detach(), gap.detach()
 
-
+# %% ../../nbs/10_attacks/03_carlini.ipynb #c08a
 def _adam(w: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: int, step_size: float) -> None:
     "Adam's step number `t` (from 1), in place; every pixel has its own moments, so images may leave at any time."
     m.lerp_(gradient, 0.1)
@@ -68,7 +68,7 @@ def _hit(logits: Tensor, gap: Tensor, kappa: float) -> Tensor:
     "`[B]` whether the signed margin is below `-kappa` by more than rounding."
     return gap < -kappa - 8 * torch.finfo(gap.dtype).eps * logits.abs().amax(1)
 
-
+# %% ../../nbs/10_attacks/03_carlini.ipynb #c13a
 @dataclass(frozen=True)
 class CarliniWagner(Attack):
     "The smallest L2 perturbation, by Adam and a search over c (Carlini and Wagner 2017)."

@@ -30,7 +30,7 @@ def attacked(
     generator = generator_for(seed, "attack", attack.name)
     return torch.cat([attack(model, x, y, generator) for x, y in data.batches(batch_size)])
 
-
+# %% ../../nbs/10_attacks/09_evaluate.ipynb #c05a
 def survives(
     attack: Attack | None,  # None: clean images
     model: Model,

@@ -42,7 +42,7 @@ class _InputOnly(torch.autograd.Function):
         (at_input,) = torch.autograd.grad(ctx.logits, ctx.x, gradient, retain_graph=True)
         return at_input.contiguous(), None
 
-
+# %% ../../nbs/10_attacks/07_external.ipynb #c06a
 class Pipeline(nn.Module):
     "Any model as a float32 module without parameters; raises `ValueError` for NaN logits."
 
@@ -213,7 +213,7 @@ def build(attack: AutoAttack, pipeline: Pipeline, x: Tensor, y: Tensor, seed: in
         )
     return adversary
 
-
+# %% ../../nbs/10_attacks/07_external.ipynb #c18a
 def possible(parts: tuple[str, ...], classes: int, ear: _Ear) -> list[str]:
     "The attacks of `parts` that a model with so few classes admits."
     chosen = []
@@ -243,7 +243,7 @@ def joined(
     flags = tuple(dict.fromkeys(text for part in parts for text in part.flags))
     return Evaluation(torch.cat([part.x_adv for part in parts]), robust, accuracy, flags)
 
-
+# %% ../../nbs/10_attacks/07_external.ipynb #e02a
 def evaluated(
     attack: AutoAttack,
     model: Model,  # images [B, C, H, W] in [0, 1] -> logits [B, K]: the whole defended pipeline

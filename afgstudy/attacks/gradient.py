@@ -91,7 +91,7 @@ class Walkers:
             if (value := getattr(self, field.name)) is not None:
                 setattr(self, field.name, value[rows])
 
-
+# %% ../../nbs/10_attacks/01_gradient.ipynb #c11a
 def fooled(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
     "`[B]` whether the attack has what it wants: any wrong class, or (targeted) the class `y`."
     return (logits.argmax(1) == y) if targeted else (logits.argmax(1) != y)

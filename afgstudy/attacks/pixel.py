@@ -41,7 +41,7 @@ def first_generation(
     colours = (128 / 255 + 127 / 255 * noise.normal(1, (population, pixels, channels), dtype)).clamp_(0, 1)
     return torch.cat([places, colours], dim=-1).flatten(2)
 
-
+# %% ../../nbs/10_attacks/05_pixel.ipynb #c08a
 def three_others(noise: ImageNoise, draw: int, population: int) -> tuple[Tensor, Tensor, Tensor]:
     "Three `[B, population]` of indices, different from each other and from their own position, uniformly so."
     bits = noise.bits(draw, (population,))
@@ -55,7 +55,7 @@ def three_others(noise: ImageNoise, draw: int, population: int) -> tuple[Tensor,
     own = torch.arange(population, device=bits.device)
     return tuple((own + step) % population for step in (first, second, third))
 
-
+# %% ../../nbs/10_attacks/05_pixel.ipynb #c08a1
 def children(parents: Tensor, noise: ImageNoise, draw: int, factor: float) -> Tensor:
     "`v_r1 + F (v_r2 - v_r3)`, clipped to [0, 1]; as `parents` `[B, P, D]`."
     a, b, c = (

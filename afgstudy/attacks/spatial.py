@@ -162,7 +162,7 @@ def bend(
                 break
     return result
 
-
+# %% ../../nbs/10_attacks/06_spatial.ipynb #c14a
 def search(attack: SpatialTransform, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     "The best of `attack.searches` runs of `bend`, tau bisected between success and failure, image by image."
     tau = x.new_full((len(x),), attack.tau)

@@ -27,7 +27,7 @@ class _GradientOf(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
-
+# %% ../../nbs/10_attacks/08_wrappers.ipynb #c06a
 class BPDA(nn.Module):
     "The value of `forward` and the gradient of `backward` (Athalye et al. 2018, section 4.1)."
 

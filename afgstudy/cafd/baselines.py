@@ -59,7 +59,7 @@ def divergence(down: Tensor, right: Tensor) -> Tensor:
     first[:, :, -1], second[:, :, :, -1] = -down[:, :, -2], -right[:, :, :, -2]
     return first + second
 
-
+# %% ../../nbs/40_cafd/06_baselines.ipynb #c08a
 class TotalVariation(nn.Module):
     "Total-variation denoising of every image and channel by Chambolle's dual steps."
 

@@ -24,7 +24,7 @@ def to_levels(z: Tensor, levels: int) -> Tensor:
     "`z` rounded to so many steps of 1 / levels."
     return (z * levels).round() / levels
 
-
+# %% ../../nbs/40_cafd/05_defence.ipynb #c05a
 class Purified(nn.Module):
     "Purifier and target as one model: images `[B, C, H, W]` in [0, 1] -> logits `[B, K]`."
 
@@ -90,7 +90,7 @@ class Purification:
         nothing = torch.zeros(len(x), device=x.device)
         return Verdict(self.logits(x).argmax(1), nothing.bool(), nothing)
 
-
+# %% ../../nbs/40_cafd/05_defence.ipynb #c07a
 def check_images(x: Tensor) -> None:
     "Raise unless `x` is `[B, C, H, W]` floating point in [0, 1]."
     if x.ndim != 4 or not x.is_floating_point():
@@ -110,7 +110,7 @@ class NoiseAlone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.denoiser.noise(x)
 
-
+# %% ../../nbs/40_cafd/05_defence.ipynb #c08a
 @dataclass(frozen=True, eq=False)
 class CAFD(Purification):
     "The class activation feature denoiser in front of a target (arXiv 2104.09197)."

@@ -50,7 +50,7 @@ class Step(NamedTuple):
     input: object
     output: object
 
-
+# %% ../../nbs/40_cafd/00_features.ipynb #c07a
 @torch.no_grad()
 def watch(
     model: nn.Module,
@@ -92,7 +92,7 @@ def _entering_pool(steps: list[Step]) -> str | None:
     makers = [s.layer for s in steps if pools and s.output is pools[-1].input]
     return makers[-1] if makers else None
 
-
+# %% ../../nbs/40_cafd/00_features.ipynb #c09a
 def feature_layer(
     model: nn.Module,
     point: str,  # "conv": the last convolution; "cam": what enters the pooling; or the name of a layer

@@ -43,7 +43,7 @@ class Parts(NamedTuple):
     total: Tensor  # scalar, to minimise
     parts: dict[str, Tensor]  # unweighted scalars for the curve, detached
 
-
+# %% ../../nbs/40_cafd/03_losses.ipynb #c09a
 @dataclass(frozen=True)
 class PurifierLoss:
     "The weighted sum that a purifier minimises; the defaults are CAFD's public code."

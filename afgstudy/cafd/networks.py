@@ -37,7 +37,7 @@ def scaled_width(maps: int, width: float) -> int:
     "`maps * width`, at least 4."
     return max(4, round(maps * width))
 
-
+# %% ../../nbs/40_cafd/02_networks.ipynb #c08a
 class Denoiser(nn.Module):
     "HGD's U-Net: images `[B, C, H, W]` -> images with the noise taken off, not clipped."
 

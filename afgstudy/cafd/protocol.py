@@ -135,7 +135,7 @@ def survives_adaptive(
         left[left.clone()] = again
     return left
 
-
+# %% ../../nbs/40_cafd/07_protocol.ipynb #c10a1
 PURIFIER_COLOURS = {
     "none": "#777777",
     "CAFD": "#D55E00",
@@ -151,7 +151,7 @@ def purifier_colour(name: str) -> str:
     "The colour of a purifier in figures; black for one without."
     return PURIFIER_COLOURS.get(name, "#000000")
 
-
+# %% ../../nbs/40_cafd/07_protocol.ipynb #c10a2
 def conclusion(
     difference: Paired,  # of two shares on the same images
     better: str = "it helps",

@@ -58,7 +58,7 @@ class PurifierRecipe:
         "The learning rate of an epoch, counted from 0."
         return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
 
-
+# %% ../../nbs/40_cafd/04_training.ipynb #c05a
 PAPER = PurifierRecipe()
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c08
@@ -70,7 +70,7 @@ class Players(NamedTuple):
     discriminator: nn.Module | None = None
     its_optimiser: torch.optim.Optimizer | None = None
 
-
+# %% ../../nbs/40_cafd/04_training.ipynb #c08a
 def purifier_step(
     players: Players, read: ClassActivation, loss: PurifierLoss, x: Tensor, x_adv: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:  # purified images [B, C, H, W], detached; the parts of the loss
@@ -89,7 +89,7 @@ def purifier_step(
     players.optimiser.step()
     return purified.detach(), parts | {"loss": total.detach()}
 
-
+# %% ../../nbs/40_cafd/04_training.ipynb #c08a1
 def discriminator_step(players: Players, loss: PurifierLoss, x: Tensor, purified: Tensor) -> Tensor:
     "One step of the discriminator; returns its loss."
     players.discriminator.requires_grad_(True)
@@ -145,7 +145,7 @@ def purifier_spec(purifier, target, data, attacked_images, loss, recipe) -> dict
         "recipe": canonical(recipe),
     }
 
-
+# %% ../../nbs/40_cafd/04_training.ipynb #c12a
 def check_purifier_task(purifier: nn.Module, data: Dataset, attacked_images: Tensor | Attack) -> None:
     "Raise before any work is done if images and purifier do not fit each other."
     if not len(data):
@@ -178,7 +178,7 @@ def make_players(purifier: nn.Module, data: Dataset, loss: PurifierLoss, recipe:
     discriminator = Discriminator(channels, size, recipe.discriminator_width, recipe.seed).to(data.device)
     return Players(purifier, adam(purifier, recipe), discriminator, adam(discriminator, recipe))
 
-
+# %% ../../nbs/40_cafd/04_training.ipynb #c13a
 def with_rate(players: Players, recipe: PurifierRecipe, epoch: int) -> Players:
     "The players with the epoch's learning rate, and with new optimisers if the recipe wants them."
     if recipe.renew:
@@ -200,7 +200,7 @@ def players_state(players: Players) -> dict:
         state["its_optimiser"] = players.its_optimiser.state_dict()
     return state
 
-
+# %% ../../nbs/40_cafd/04_training.ipynb #c14a
 def fit_purifier(
     purifier: nn.Module,  # images -> images; trained in place
     target: nn.Module,  # left as it is
@@ -246,7 +246,7 @@ def build_purifier(run: partial, purifier: nn.Module, scratch: Path) -> tuple[di
     history = run(checkpoint=scratch / "checkpoint.pt")
     return copy_state(purifier), {"history": history}
 
-
+# %% ../../nbs/40_cafd/04_training.ipynb #c24a
 def fitted_purifier(
     target: nn.Module,
     data: Dataset,  # clean training images

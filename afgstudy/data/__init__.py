@@ -31,7 +31,7 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
-
+# %% ../../nbs/00_core/05_data/index.ipynb #c03a
 def __getattr__(name: str):
     "A public name, from the module that defines it; or a module."
     if name in _HOME:

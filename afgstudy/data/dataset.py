@@ -246,7 +246,7 @@ class CropFlip:
         x = windows[torch.arange(batch, device=x.device), :, down, right]
         return torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x) if self.flip else x
 
-
+# %% ../../nbs/00_core/05_data/01_dataset.ipynb #c30a
 def crop_flip(padding: int = 4, flip: bool = True) -> CropFlip:
     "An augmentation for `Dataset.batches`. Raises ValueError if padding < 0."
     if padding < 0:

@@ -62,7 +62,7 @@ def _entered(path: str, above: tuple[tuple[int, int], ...]) -> tuple[tuple[int, 
         raise DamagedDataset(f"the link {path} leads back to a folder it lies in; remove it")
     return (*above, here)
 
-
+# %% ../../nbs/00_core/05_data/02_files.ipynb #c11a
 def tree(top: str | Path, within: str = "", above: tuple = ()) -> Iterator[tuple[str, int]]:
     "Relative path and size of every file below a folder, in order; links are followed. Raises DamagedDataset."
     folder = os.path.join(top, within)

@@ -72,7 +72,7 @@ def _places(source: Source, root: Path) -> list[Path]:
         require(source, split, root)
     return [root / path for path in dict.fromkeys(source.train_paths + source.test_paths)]
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c08a
 def fingerprint(
     name: str,
     root: str | Path | None = None,
@@ -116,7 +116,7 @@ class Report:
         )
         return f"{self.name}: {verdict}\n{self.table.to_string(index=False)}"
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c11a
 def _row(what: str, expected: object, found: object, note: bool = False) -> dict:
     verdict = "ok" if expected == found else "note" if note else "bad"
     text = [f"{v:,}" if isinstance(v, int) else str(v) for v in (expected, found)]
@@ -133,7 +133,7 @@ def _problem(path: str) -> str:
         return str(e)
     return ""
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c13a
 def _check_pictures(photos: Photographs, split: str, images: int | None) -> list[dict]:
     "Open `images` of them, evenly spread; None: all."
     from afgstudy.data.photographs import cores
@@ -146,12 +146,12 @@ def _check_pictures(photos: Photographs, split: str, images: int | None) -> list
     row = _row(f"{split}: {len(tried):,} images open", "all", what)
     return [row, *(_row(f"{split} image", "opens", problem) for problem in problems[:5])]
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c13a1
 def _of_the_records(root: Path) -> int:
     "How many photographs of imagenet1000 have the names of those that the records used."
     return sum((root / "imagenet1000" / path).is_file() for path in names_of_imagenet1000())
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c13a2
 def _check_split(source: Source, split: str, root: Path, images: int | None) -> list[dict]:
     "The rows of one split."
     try:
@@ -166,7 +166,7 @@ def _check_split(source: Source, split: str, root: Path, images: int | None) -> 
         rows.append(_row("photographs of the records, by name", 1000, _of_the_records(root), note=True))
     return rows + (_check_pictures(found, split, images) if isinstance(found, Photographs) else [])
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c13b
 def check(
     name: str,
     root: str | Path | None = None,
@@ -194,7 +194,7 @@ def _retrieve(url: str, part: Path, timeout: float = 60.0) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c16a
 def _wrong(path: Path, download: Download) -> str:
     "What is wrong with a downloaded file; empty if nothing is."
     size = path.stat().st_size
@@ -205,7 +205,7 @@ def _wrong(path: Path, download: Download) -> str:
         given = hashlib.file_digest(file, kind).hexdigest()
     return "" if given.startswith(published or "?") else f"{size:,} bytes with {name} {given}, published {published}"
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c16a1
 def set_aside(path: Path) -> None:
     "Rename a damaged file or folder to NAME.damaged, in place of an earlier one."
     if path.exists():
@@ -239,7 +239,7 @@ def fetch(download: Download, root: Path) -> Path:
         part.unlink(missing_ok=True)
     raise OSError("; ".join(problems))
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c18a
 def unpack(archive: Path, root: Path, place: str) -> None:
     "What is inside an archive or a .gz, put at `place` under the root when it is whole. Raises OSError."
     target, part = root / place, root / f".{place.strip('/').replace('/', '-')}.part"
@@ -273,7 +273,7 @@ def _get(source: Source, root: Path) -> None:
     if source.unpack:
         source.unpack(root)
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c21a
 def _refuse(source: Source, root: Path) -> None:
     "Raise DownloadError for what no program can get."
     archives = source.unpack and (root / "imagenet" / "ILSVRC2012_devkit_t12.tar.gz").is_file()
@@ -281,7 +281,7 @@ def _refuse(source: Source, root: Path) -> None:
         how = source.by_hand or "{root} plays no part: the folder is yours, nothing can be downloaded"
         raise DownloadError(how.format(root=root))
 
-
+# %% ../../nbs/00_core/05_data/07_inventory.ipynb #c21a1
 def get(
     name: str,
     root: str | Path | None = None,

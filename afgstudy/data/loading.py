@@ -47,7 +47,7 @@ def _check_options(source: Source, options: dict) -> None:
     if options.get("level", "variant") not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}; got {options['level']!r}")
 
-
+# %% ../../nbs/00_core/05_data/05_loading.ipynb #c07a
 def checked(name: str, split: str, n, seed, size, validation, options: dict) -> Source:
     "The source of a set, once the arguments of `load` make sense. Raises ValueError, TypeError."
     source = source_of(name)
@@ -82,7 +82,7 @@ def choose(
         index = index[chosen if split == "validation" else ~chosen]
     return index if n is None else index[subset_indices(images.y[index], n, images.classes, seed, balanced)]
 
-
+# %% ../../nbs/00_core/05_data/05_loading.ipynb #c10a
 def found(source: Source, split: str, n, seed, root, options) -> Arrays | Photographs | Drawn:
     "What a source's reader returns. Raises MissingDataset, DamagedDataset, OSError."
     return read_images(source, Request(split, data_root(root), n, seed, options))

@@ -32,7 +32,7 @@ def _converted(path: str, hasty: bool) -> Image.Image:
             image.draft("RGB", (1, 1))
         return image.convert("RGB")
 
-
+# %% ../../nbs/00_core/05_data/03_photographs.ipynb #c05a
 def opened(
     path: str,
     mend: str = "",  # what to do about a damaged file, appended to the message
@@ -97,7 +97,7 @@ def _pictures(top: Path) -> dict[str, list[str]]:
             found[name].append(str(top / path))
     return found
 
-
+# %% ../../nbs/00_core/05_data/03_photographs.ipynb #c14a
 def class_folders(top: Path) -> tuple[tuple[str, ...], Tensor, tuple[str, ...]]:
     "Files, labels `[N]` and class names of PATH/CLASS/IMAGE. Raises MissingDataset, DamagedDataset."
     if not top.is_dir():

@@ -23,7 +23,7 @@ from ..device import seed_for
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
 AREA = 1.75  # of every silhouette, in its own coordinates
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c05a
 def _arc(x: float, radius: float, start: float, end: float, corners: int = 90) -> np.ndarray:
     "Points on a circle about (x, 0), `[corners, 2]`."
     t = np.linspace(start, end, corners)
@@ -34,7 +34,7 @@ def _area(x: np.ndarray, y: np.ndarray) -> float:
     "Area of a polygon by the shoelace formula."
     return abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c05a1
 def outlines() -> dict[str, np.ndarray]:
     "The corners of the eight polygons, `[P, 2]` each, y upwards, scaled to `AREA`."
     turn, t = np.arange(10) * np.pi / 5 + np.pi / 2, np.linspace(0, 2 * np.pi, 180, endpoint=False)
@@ -73,7 +73,7 @@ def polygon_distance(
             inside ^= ((ay <= y) != (by <= y)) & (x < ax + (y - ay) * ex / ey)
     return np.where(inside, -distance, distance)
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c07a
 @cache
 def silhouettes(resolution: int = 256) -> Tensor:
     "Signed distances of the ten classes, `[10, resolution, resolution]`, row 0 at the top."
@@ -132,7 +132,7 @@ def texture_fields() -> dict[str, np.ndarray]:
         "rings": np.cos(4 * np.pi * np.hypot((4 * x) % 1 - 0.5, (4 * y) % 1 - 0.5)),
     }
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c11a
 @cache
 def textures() -> Tensor:
     "Ten periodic tiles of mean 0 and variance 1, `[10, TILE, TILE]`."
@@ -167,7 +167,7 @@ def oklch(
 NUMBERS = 96  # uniform numbers an image owns; a multiple of 4, since Philox counts in blocks of 4
 STROKES = 5  # at most so many things lie about in the background
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c17a
 @dataclass(frozen=True)
 class Scenes:
     "What there is to see in each of `N` images. The image is [-1, 1] wide and high, angles are in radians."
@@ -190,7 +190,7 @@ class Scenes:
     def __getitem__(self, index) -> "Scenes":
         return Scenes(*[getattr(self, f.name)[index] for f in fields(self)])
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c17a1
 class _Uniform:
     "Hands out the columns of a table of uniform numbers `[N, NUMBERS]`, from left to right."
 
@@ -230,7 +230,7 @@ def scenes(
     drawn |= {"grain": grain} | _colours(u)
     return Scenes(**{k: v.float() if v.is_floating_point() else v for k, v in drawn.items()})
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c18a
 def _colours(u: _Uniform) -> dict[str, Tensor]:
     "Object and background: colours, gradient, clouds and clutter."
     light, gap, coin = u(0.30, 0.88), u(0.26, 0.40), u()
@@ -259,7 +259,7 @@ SIZES = (32, 299)  # smallest and largest image
 FINEST = 128  # smaller images are sampled at least this finely
 SHADOW = (0.05, 0.07, 0.035, 0.42)  # the object's shadow: shift in x and y, softness, darkness
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c21a
 def _axis(n: int) -> Tensor:
     return (torch.arange(n) + 0.5) / n * 2 - 1
 
@@ -269,7 +269,7 @@ def _turned(x: Tensor, y: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
     return cos * x + sin * y, cos * y - sin * x
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c21a1
 def _distance(s: Scenes, x: Tensor, y: Tensor) -> Tensor:
     "Signed distance to the objects' outlines, `[N, H, W]`."
     x, y = _turned(x - s.centre[:, 0, None, None], y - s.centre[:, 1, None, None], s.turn)
@@ -280,7 +280,7 @@ def _distance(s: Scenes, x: Tensor, y: Tensor) -> Tensor:
         * scale
     )
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c21a2
 def _tiled(tiles: Tensor, index: Tensor, x: Tensor, y: Tensor, pose: Tensor) -> Tensor:
     "Periodic tiles `[T, TILE, TILE]` under a pose `[N, 4]` (width, rotation, shift), `[N, H, W]`."
     x, y = _turned(x, y, pose[:, 1])
@@ -289,7 +289,7 @@ def _tiled(tiles: Tensor, index: Tensor, x: Tensor, y: Tensor, pose: Tensor) -> 
     grid = torch.stack([x, y], -1).mul_(2).sub_(1).mul_(TILE / (TILE + 2))
     return F.grid_sample(seamless, grid, align_corners=False)[:, 0]
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c21b
 def _object(s: Scenes, size: int) -> Tensor:
     "Coverage, and coverage times texture (dark 0, light 1), `[N, 2, size, size]`."
     fine = size * math.ceil(FINEST / size)
@@ -308,7 +308,7 @@ def clouds() -> Tensor:
     f = np.maximum(frequency(), 1)
     return torch.from_numpy(noise_field(CLOUDS, f**-1.6 * ((frequency() > 0) & (f < 24))))[None].float()
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c23a
 def _background(s: Scenes, size: int) -> Tensor:
     "`[N, 3, size, size]`."
     x, y = _axis(size).expand(len(s), size, size), _axis(size)[:, None].expand(len(s), size, size)
@@ -343,7 +343,7 @@ def render(
         out[i : i + chunk] = image.clamp_(0, 1).mul_(255).round_()
     return out
 
-
+# %% ../../nbs/00_core/05_data/00_shapes.ipynb #c24a
 def draw(n: int, size: int = 64, agreement: float = 0.9, seed: int = 0, split: str = "train", start: int = 0):
     "`(images, labels)`: uint8 `[n, 3, size, size]`, int64 `[n]`. Textures: `scenes`, same arguments."
     s = scenes(n, agreement, seed, split, start)

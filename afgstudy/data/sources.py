@@ -44,7 +44,7 @@ class Request:
     def train(self) -> bool:
         return self.split != "test"
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c05a
 @dataclass(frozen=True)
 class Arrays:
     "Images in memory: `x` uint8 `[N, C, H, W]`, `y` int64 `[N]`."
@@ -114,7 +114,7 @@ class Download:
     unpacks: str = ""  # what it becomes: the file inside a .gz, the folder inside an archive
     sha256: str = ""  # as published, or its beginning, in place of an MD5 sum
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c11a
 @dataclass(frozen=True)
 class Source:
     "What is known about a set before it is read."
@@ -163,7 +163,7 @@ def require(source: Source, split: str, root: Path) -> None:
     if wrong := wrong_kind(root, source.paths(split)):
         raise DamagedDataset(f"{source.title}: {'; '.join(wrong)}. {source.mend}")
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c14a
 def damaged_files(source: Source, root: Path) -> dict[str, str]:
     "Files whose MD5 sum is not the published one, and what is wrong with each."
     found = {}
@@ -172,7 +172,7 @@ def damaged_files(source: Source, root: Path) -> dict[str, str]:
             found[path] = f"{(root / path).stat().st_size:,} bytes with MD5 {given}, published {md5}"
     return found
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c14a1
 def read_images(source: Source, request: Request) -> Arrays | Photographs | Drawn:
     "What the source's reader returns. Raises MissingDataset, DamagedDataset, ValueError, OSError."
     require(source, request.split, request.root)
@@ -211,7 +211,7 @@ def _digits() -> tuple:
     x = F.pad(large.clamp(0, 1), (2,) * 4).mul(255).round().to(torch.uint8)
     return x, y, stratified(y, DIGITS_TEST, 0, "digits", "test")
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c17a
 def _read_digits(request: Request) -> Arrays:
     x, y, test = _digits()
     part = ~test if request.train else test
@@ -256,14 +256,14 @@ _MNIST_FILES = {  # file: MD5 unpacked, MD5 of the .gz
 _MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 _RAW = "MNIST/raw/"
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c23a
 def _read_mnist(request: Request) -> Arrays:
     from torchvision.datasets import MNIST as Reader
 
     raw = Reader(request.root, train=request.train)
     return Arrays(raw.data[:, None], raw.targets, TEN_DIGITS)
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c23a1
 MNIST = Source(
     "mnist", "MNIST", 10, 60_000, 10_000, 28, "CC BY-SA 3.0", _read_mnist,
     tuple(_RAW + file for file in _MNIST_FILES if file.startswith("train")),
@@ -311,7 +311,7 @@ _CIFAR_MD5 = {
     _CIFAR + "test_batch": "40351d587109b95175f43aff81a1287e",
 }
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c27a
 def _read_cifar10(request: Request) -> Arrays:
     import torch
     from torchvision.datasets import CIFAR10 as Reader
@@ -320,7 +320,7 @@ def _read_cifar10(request: Request) -> Arrays:
     x = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
     return Arrays(x, torch.tensor(raw.targets), tuple(raw.classes))
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c27a1
 CIFAR10 = Source(
     "cifar10", "CIFAR-10", 10, 50_000, 10_000, 32, "none stated", _read_cifar10,
     tuple(_CIFAR_MD5), tuple(_CIFAR_MD5), md5=_CIFAR_MD5,
@@ -341,7 +341,7 @@ def _listed(raw, classes) -> Photographs:
     y = torch.tensor([int(y) for _, y in samples])
     return Photographs(tuple(str(f) for f, _ in samples), y, tuple(classes))
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c30a
 CARS_BY_HAND = """\
 Stanford Cars is gone from its server, and torchvision cannot download it any more. From a copy put
   {root}/stanford_cars/devkit/cars_meta.mat
@@ -351,7 +351,7 @@ Stanford Cars is gone from its server, and torchvision cannot download it any mo
   {root}/stanford_cars/cars_test/*.jpg    (8,041 photographs)"""
 _CARS = "stanford_cars/"
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c30a1
 def _read_cars(request: Request) -> Photographs:
     from torchvision.datasets import StanfordCars
 
@@ -402,7 +402,7 @@ def distinct(names, wnids) -> list[str]:
     first = [name if isinstance(name, str) else name[0] for name in names]
     return [n if first.count(n) == 1 else f"{n} ({wnid})" for n, wnid in zip(first, wnids, strict=True)]
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c35a
 def _read_imagenet(request: Request) -> Photographs:
     from torchvision.datasets import ImageNet
 
@@ -417,7 +417,7 @@ def _unpack_imagenet(root: Path) -> None:
     for split in ("train", "val"):
         ImageNet(root / "imagenet", split)
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c35a1
 IMAGENET = Source(
     "imagenet", "ImageNet (ILSVRC-2012)", 1000, 1_281_167, 50_000, None, RESEARCH, _read_imagenet,
     ("imagenet/meta.bin", "imagenet/train/"), ("imagenet/meta.bin", "imagenet/val/"),
@@ -451,7 +451,7 @@ def names_of_imagenet1000() -> tuple[str, ...]:
     "The paths WNID/NAME.JPEG of the 1,000 photographs that the records of this study used, in order."
     return tuple((Path(afgstudy.__file__).parent / "data" / "imagenet1000.txt").read_text().split())
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c39a
 def _read_imagenet1000(request: Request) -> Photographs:
     from torchvision.datasets import ImageFolder
     from torchvision.models import ResNet50_Weights
@@ -461,7 +461,7 @@ def _read_imagenet1000(request: Request) -> Photographs:
         raise ValueError(f"it holds {len(raw.classes):,} class folders, expected 1,000")
     return _listed(raw, ResNet50_Weights.DEFAULT.meta["categories"])
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c39a1
 IMAGENET1000 = Source(
     "imagenet1000", "one image of each ImageNet class", 1000, 0, 1000, None, RESEARCH, _read_imagenet1000,
     (), ("imagenet1000/",), options=("resize",), by_hand=IMAGENET1000_BY_HAND,
@@ -500,7 +500,7 @@ def _held_out(top: Path, request: Request) -> Photographs:
     chosen = stratified(whole.y, held, request.seed, "held out")
     return whole.take((~chosen if request.train else chosen).nonzero()[:, 0])
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c44a
 def _read_folder(name: str, group: Callable[[str], object] | None, request: Request) -> Photographs:
     import torch
 
@@ -527,7 +527,7 @@ def _house(file: str) -> str:
     "The photograph a digit of `svhn_part` is cut from: `00042_1.png` is the second digit of photograph 42."
     return Path(file).stem.partition("_")[0]
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c46a
 def _part(
     folder: str, title: str, classes: int, train: int, test: int, size: int | None, group=None
 ) -> Source:
@@ -552,7 +552,7 @@ def _part(
         part_will_do=True,
     )
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c46a1
 SVHN_PART = _part("svhn_part", "a part of SVHN", 10, 4434, 1952, 32, _house)
 CARS_PART = _part("cars_part", "a part of Stanford Cars", 171, 400, 100, None)
 AIRCRAFT_PART = _part("aircraft_part", "a part of FGVC-Aircraft, by family", 61, 197, 49, None)
@@ -566,14 +566,14 @@ SOURCES = {
     )
 }  # fmt: skip
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c49a
 def _any_folder(name: str) -> Source:
     "The source of a folder that nothing is known about."
     title = f"the images under {name.removeprefix('folder:')}"
     read = partial(_read_folder, name, None)
     return Source(name, title, 0, 0, 0, None, "the owner's", read, options=("resize", "held_out"))
 
-
+# %% ../../nbs/00_core/05_data/04_sources.ipynb #c49a1
 def source_of(name: str) -> Source:
     "What is known about a set; for `folder:PATH`, about that folder. Raises ValueError for an unknown name."
     if not isinstance(name, str) or "\0" in name:

@@ -46,12 +46,12 @@ class _Decoder(torch.utils.data.Dataset):
             torch.manual_seed(seed)
             return TF.pil_to_tensor(self.flip(self.crop(opened(file, mend)))), label
 
-
+# %% ../../nbs/00_core/05_data/06_streaming.ipynb #c05a
 def _collate(items: list) -> "list[Tensor] | Exception":
     "A batch, or what is wrong with it."
     return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
 
-
+# %% ../../nbs/00_core/05_data/06_streaming.ipynb #c05a1
 class _Order:
     "A sampler whose keys are set anew for every pass, so that the workers can stay."
 

@@ -9,6 +9,7 @@ __all__ = []
 from .attackers import QUICK, THOROUGH, Effort
 from .checks import Check
 from .judgement import Judgement, judge, rows_of
+from .keeping import judged_once
 from .subject import DefenceError, Subject, Threat, subject_of
 
 # %% ../../nbs/16_judge/index.ipynb #c03
@@ -22,6 +23,7 @@ __all__ = [
     "Subject",
     "Threat",
     "judge",
+    "judged_once",
     "rows_of",
     "subject_of",
 ]

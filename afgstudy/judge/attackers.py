@@ -86,7 +86,7 @@ class Attacker:
     propose: Callable[[Tensor, Tensor, torch.Generator], Candidates]  # (x, y, generator) -> candidates
     remarks: dict = field(default_factory=dict)  # what it said beside the images
 
-
+# %% ../../nbs/16_judge/01_attackers.ipynb #c11a
 def running(attack: Attack, model: Model) -> Callable[..., Candidates]:
     "The one candidate that an attack on a model finds."
     return lambda x, y, generator: [attack(model, x, y, generator)]
@@ -100,7 +100,7 @@ def harmless(threat: Threat) -> list[Attacker]:
 
     return [Attacker(name, "harmless", proposing(change)) for name, change in HARMLESS.items()]
 
-
+# %% ../../nbs/16_judge/01_attackers.ipynb #c11a1
 def oblivious(threat: Threat, effort: Effort, networks: dict[str, Model]) -> list[Attacker]:
     "PGD on networks other than the defence, by name. It walks to its end: what fools them may not fool the defence."
     pgd = PGD(eps=threat.eps, norm=threat.norm, steps=effort.steps)
@@ -117,7 +117,7 @@ def selective(columns: Tensor, y: Tensor) -> Tensor:
     slack = SLACK * logits.detach().abs().amax(1)
     return torch.where(wrong > -slack, -wrong, -score)
 
-
+# %% ../../nbs/16_judge/01_attackers.ipynb #c14a
 @dataclass(frozen=True)
 class Selective:
     "PGD up the selective loss; proposes where each of four pieces of each walk ends."
@@ -178,7 +178,7 @@ class AutoParts:
         self.remarks.update(images=seen + len(x), components=after, flags=tuple(flags))
         return [found.x_adv]
 
-
+# %% ../../nbs/16_judge/01_attackers.ipynb #c20a
 def auto(name: str, family: str, attack: AutoAttack, model: Model) -> Attacker:
     "AutoAttack, or some of its components, as an attacker."
     remarks: dict = {}
@@ -191,7 +191,7 @@ def minimum_norm(threat: Threat, effort: Effort) -> Attack:
         return DeepFool(norm="linf", steps=effort.steps)
     return DDN(steps=effort.steps)
 
-
+# %% ../../nbs/16_judge/01_attackers.ipynb #c23a
 def white_box(subject: Subject, threat: Threat, effort: Effort) -> list[Attacker]:
     "FGSM, two PGDs, the selective walk where there is a score, AutoAttack, and the minimum-norm attack."
     if subject.logits is None:
@@ -212,11 +212,11 @@ def white_box(subject: Subject, threat: Threat, effort: Effort) -> list[Attacker
 
 # %% ../../nbs/16_judge/01_attackers.ipynb #c25
 def labels_only(subject: Subject, classes: int) -> Model:
-    "The answered class as logits `[B, classes]`: one there, zero elsewhere; an answer outside the classes is all zero."
+    "The answered class as logits `[B, classes]`: 1 for it and -1 for the others."
 
     def one_hot(x: Tensor) -> Tensor:
         label = subject.defence(x).label[:, None]
-        return (label == torch.arange(classes, device=x.device)).to(x.dtype)
+        return (label == torch.arange(classes, device=x.device)).to(x.dtype) * 2 - 1
 
     return one_hot
 

@@ -54,7 +54,7 @@ def differing(a, b) -> Tensor:
 
 AGAIN = 3  # calls that are compared with a first one
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c08a
 @torch.no_grad()
 def twice(subject: Subject, x: Tensor) -> Check:
     "The same images, asked twice: a defence that says it is not randomised answers the same."
@@ -71,7 +71,7 @@ def twice(subject: Subject, x: Tensor) -> Check:
     found = counted("same answer twice", other, text)
     return found if not other.any() else Check(found.name, FAIL, found.value, found.text)
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c08a1
 @torch.no_grad()
 def in_company(subject: Subject, x: Tensor, size: int = 7) -> Check:
     "Each image among others, in the opposite order: the answer must not depend on the rest of the batch."
@@ -98,7 +98,7 @@ def outside(subject: Subject, x: Tensor, eps: float) -> Check:
     found = counted(name, other, "got another answer than when clipped; the attacks here stay inside")
     return Check(name, WARN if found.state == FAIL else found.state, found.value, found.text)
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c10a
 @torch.no_grad()
 def logits_are_logits(subject: Subject, x: Tensor) -> Check:
     "Probabilities in place of logits flatten the gradient; other logits than the answer's mislead an attack."
@@ -119,13 +119,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
     a, b = a.flatten(1).double(), b.flatten(1).double()
     return float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-300)).mean())
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c13a
 def vanishing(model: Model, x: Tensor, y: Tensor) -> Check:
     "How many gradients of the cross-entropy are exactly zero."
     gradient = input_gradient(model, x, y, cross_entropy)[0]
     return counted("gradients are not zero", ~gradient.flatten(1).any(1), "have a gradient of exactly zero")
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c13a1
 def directions(subject: Subject, model: Model, x: Tensor, y: Tensor, eps: float) -> list[Check]:
     "Cosines between two passes, and between neighbours."
     first, again = (input_gradient(model, x, y, margin)[0] for _ in range(2))
@@ -157,7 +157,7 @@ def wrong_by(tries: Sequence[Tried], *families: str) -> Tensor:
     clean = next(t for t in tries if t.family == "clean").outcomes[AS_GIVEN].wrong
     return torch.stack([*hits, torch.zeros_like(clean)]).any(0) & ~clean
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c18a
 def ranking(tries: Sequence[Tried]) -> list[Check]:
     "One step does not beat many; neither answers alone nor chance nor another network beat gradients."
     named, gradients = {t.name: t for t in tries}, wrong_by(tries, "white-box")
@@ -207,7 +207,7 @@ def useful(clean: Tried, classes: int, bright: float) -> Check:
     state = FAIL if right < 1.5 / classes or rejected > 0.5 else WARN if right < 0.5 else PASS
     return Check("answers clean images", state, right, text)
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c22a
 def fingerprint(*things: object) -> str:
     "A SHA-256 of all weights and buffers inside."
     digest = hashlib.sha256()
@@ -223,10 +223,10 @@ def constant(before: str, after: str) -> Check:
     text = "the weights or buffers changed during the trial" if changed else "the weights are the same after the trial"
     return Check("weights stay the same", FAIL if changed else PASS, float(changed), text)
 
-
+# %% ../../nbs/16_judge/03_checks.ipynb #c22a1
 def aimed_at(subject: Subject, rejecting: bool) -> Check:
     "Whether the attackers could aim at being accepted."
-    blind = rejecting and subject.score is None
-    hidden = "it rejects but declares no differentiable score: no attacker aimed at being accepted"
+    blind = rejecting and subject.score is None and subject.attackers is None
+    hidden = "it rejects but declares neither a score nor attackers: no attacker aimed at being accepted"
     text = hidden if blind else "no attacker was kept from aiming at acceptance"
     return Check("rejection was attacked", WARN if blind else PASS, float(blind), text)

@@ -47,7 +47,7 @@ class Before(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.network(self.step(x))
 
-
+# %% ../../nbs/16_judge/06_specimens.ipynb #c08a
 class Times(nn.Module):
     "A network whose logits are multiplied."
 
@@ -58,7 +58,7 @@ class Times(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * self.network(x)
 
-
+# %% ../../nbs/16_judge/06_specimens.ipynb #c08a1
 class ThreeBits(nn.Module):
     "Eight levels a pixel."
 

@@ -71,7 +71,7 @@ def check_verdict(verdict: Verdict, n: int) -> None:
     if bad := int(torch.isnan(verdict.score).sum()):
         raise DefenceError(f"the verdict's score is NaN for {bad} of {n} images")
 
-
+# %% ../../nbs/16_judge/00_subject.ipynb #c10a
 def first_answer(thing: Callable, x: Tensor) -> object:
     "What it returns for `x`; an error inside becomes a `DefenceError` that keeps the cause."
     if not callable(thing):
@@ -98,7 +98,7 @@ def check_devices(thing: object, x: Tensor) -> None:
         raise DefenceError(f"its weights are on {', '.join(sorted(elsewhere))}, the images on {x.device}: "
                            "move it there in the factory")
 
-
+# %% ../../nbs/16_judge/00_subject.ipynb #c13a
 def step_named(thing: object, name: str) -> nn.Module:
     "The module at a dotted name; `DefenceError` where there is none."
     found = thing
@@ -121,10 +121,11 @@ class Subject:
     randomised: bool = False  # whether the same image may get two answers
     not_differentiable: Mapping[str, Callable | None] = field(default_factory=dict)  # step -> smooth stand-in
     score: Callable[[Tensor], Tensor] | None = None  # differentiable rejection score [B]
+    attackers: Callable | None = None  # (subject, threat, effort) -> attackers made for this defence
     name: str = "the defence"
 
-
-DECLARED = ("bare", "randomised", "not_differentiable", "score")
+# %% ../../nbs/16_judge/00_subject.ipynb #c16a
+DECLARED = ("bare", "randomised", "not_differentiable", "score", "attackers")
 
 
 def declared(thing: object, given: Mapping) -> dict:
@@ -133,9 +134,10 @@ def declared(thing: object, given: Mapping) -> dict:
         raise DefenceError(f"a defence declares {', '.join(DECLARED)}, got {unknown[0]!r}")
     found = {n: v for n in DECLARED if (v := getattr(thing, n, None)) is not None}
     found |= {n: v for n, v in given.items() if v is not None}
-    for name in ("bare", "score"):
+    arguments = {"bare": "images", "score": "images", "attackers": "subject, threat and effort"}
+    for name, of in arguments.items():
         if not callable(found.get(name, print)):
-            raise DefenceError(f"{name} must be a function of images, got {named(found[name])}")
+            raise DefenceError(f"{name} must be a function of {of}, got {named(found[name])}")
     if not isinstance(found.get("randomised", False), bool):
         raise DefenceError(f"randomised must be True or False, got {found['randomised']!r}")
     if not isinstance(found.get("not_differentiable", {}), Mapping):
@@ -148,7 +150,7 @@ def subject_of(
     thing: object,  # a model: images -> logits; or a defence: images -> Verdict
     x: Tensor,  # a few images [n, C, H, W] in [0, 1]
     classes: int,
-    **given,  # `bare`, `randomised`, `not_differentiable`, `score`, `name`
+    **given,  # `bare`, `randomised`, `not_differentiable`, `score`, `attackers`, `name`
 ) -> Subject:
     "The defence and what is declared of it. Raises `DefenceError` for whatever cannot be judged."
     check_devices(thing, x)

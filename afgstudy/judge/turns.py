@@ -55,7 +55,7 @@ def read(verdict: Verdict, y: Tensor, threshold: float | None) -> Outcome:
     hit = verdict.label == y
     return Outcome(hit & ~rejected, ~hit & ~rejected, rejected)
 
-
+# %% ../../nbs/16_judge/02_turns.ipynb #c08a
 def said(
     subject: Subject,
     x: Tensor,  # [B, C, H, W]
@@ -91,7 +91,7 @@ class Tried:
         "`[N]` bool: no wrong answer was accepted."
         return ~self.outcomes[setting].wrong
 
-
+# %% ../../nbs/16_judge/02_turns.ipynb #c11a
 def worse(a: dict[str, Outcome], b: dict[str, Outcome]) -> dict[str, Outcome]:
     "The worse of two outcomes of each image: wrong before rejected before right."
     joined = {}
@@ -160,5 +160,5 @@ def turn(
     cost = time.perf_counter() - started, spent() - before
     return Tried(attacker.name, attacker.family, outcomes, *cost, size, example, attacker.remarks)
 
-
+# %% ../../nbs/16_judge/02_turns.ipynb #c17a
 NOBODY = Attacker("nobody", "clean", lambda x, y, g: [x])

@@ -55,7 +55,7 @@ def counting(judgement: Judgement) -> str:
     "The setting whose numbers count: at most 5% of clean images rejected, as given for a defence that never rejects."
     return next((s for s in judgement.settings if s != AS_GIVEN), AS_GIVEN)
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c08a
 def verdict_of(judgement: Judgement) -> str:
     "One line for the box at the head of a page."
     if judgement.failed:
@@ -65,7 +65,7 @@ def verdict_of(judgement: Judgement) -> str:
     word = "Holds" if held >= 0.9 * clean else "Holds in part" if held > 0.1 * clean else "Does not hold"
     return f"{word}: no attacker gets a wrong answer accepted on {held:.0%} of the images (clean: {clean:.0%} right)"
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c08a1
 def sentence_of(judgement: Judgement) -> str:
     "The sentence that may be quoted."
     share = lambda e: f"{e.value:.1%} [{e.low:.1%}, {e.high:.1%}]"  # noqa: E731
@@ -84,7 +84,7 @@ def sentence_of(judgement: Judgement) -> str:
 # %% ../../nbs/16_judge/05_words.ipynb #c11
 SHADES = {"right": "#0072B2", "rejected": "#BBBBBB", "wrong": "#D55E00"}
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c11a
 def bars(ax: plt.Axes, judgement: Judgement) -> None:
     "Right, rejected and wrong for each attacker; the worst case at the bottom."
     lines = {t.name: t.outcomes[AS_GIVEN] for t in judgement.tries} | {"worst case": judgement.worst()}
@@ -98,7 +98,7 @@ def bars(ax: plt.Axes, judgement: Judgement) -> None:
     ax.grid(visible=False)
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c11a1
 def figure_of(judgement: Judgement) -> Figure:
     "The attackers' bars, and beside them the curve over the radius where there is one."
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.2), width_ratios=(3, 2), layout="constrained")
@@ -108,7 +108,7 @@ def figure_of(judgement: Judgement) -> Figure:
     axes[1].set(ylim=(-3, 103), xlabel=f"{judgement.threat.norm} radius", ylabel="images held, %")
     return fig
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c11a2
 def cheapest(judgement: Judgement, data: Dataset, count: int = 10) -> tuple[Tensor, Tensor]:  # indices, norms [k]
     "The images that the smallest change broke, cheapest first; clean errors are left out."
     size = torch.stack([t.size for t in judgement.tries[1:]]).amin(0)
@@ -116,7 +116,7 @@ def cheapest(judgement: Judgement, data: Dataset, count: int = 10) -> tuple[Tens
     order = size.argsort()[:count]
     return order[size[order].isfinite()], size[order][size[order].isfinite()]
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c11b
 def cheapest_figure(judgement: Judgement, data: Dataset, count: int = 10) -> Figure | None:
     "The images that `cheapest` names, above what broke them; None where nothing broke."
     index, sizes = cheapest(judgement, data, count)
@@ -144,7 +144,7 @@ def module_at(place: str):  # -> module
     except Exception as e:
         raise DefenceError(f"{Path(place).name} cannot be imported: {type(e).__name__}: {e}") from e
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c15a
 def made_by(factory: str) -> object:
     "What the function `FILE.py:NAME` or `MODULE:NAME` returns. `DefenceError` where there is none or it raises."
     place, colon, name = factory.rpartition(":")
@@ -170,7 +170,7 @@ LADDER = (
 )
 ENOUGH, LEAST = 200, 20  # images that a harder effort is given up for; images without which there is no run
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c18a
 def passes_for(effort: Effort, subject: Subject, classes: int) -> int:
     "Passes of one image that resists every attacker, forwards and backwards."
     walks = 2 * effort.steps * effort.restarts * (2 if subject.score is None else 3)
@@ -181,7 +181,7 @@ def passes_for(effort: Effort, subject: Subject, classes: int) -> int:
     samples, votes = (effort.samples, effort.votes) if subject.randomised else (1, 1)
     return seen * samples + effort.draws * votes
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c18a1
 def seconds_a_pass(subject: Subject, data: Dataset) -> float:
     "The time of one pass of one image, from three forward and backward passes of a batch."
     x, y, spent = data.images(slice(0, 32)), data.y[:32], []
@@ -192,7 +192,7 @@ def seconds_a_pass(subject: Subject, data: Dataset) -> float:
         spent.append(time.perf_counter() - started)
     return min(spent) / (len(x) * (1 if subject.logits is None else 2))
 
-
+# %% ../../nbs/16_judge/05_words.ipynb #c18a2
 def plan_for(minutes: float, subject: Subject, data: Dataset) -> tuple[Effort, int]:
     "Effort and number of images that end within `minutes`. `DefenceError` where not even a few images fit."
     if not (math.isfinite(minutes) and minutes > 0):

@@ -37,7 +37,7 @@ class _Group(click.Group):
         except self.mistakes as e:
             raise click.ClickException(str(e)) from None
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c05a
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", prog_name="afgstudy")
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     to runs/ in the project.
     """
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c05a1
 def _table(lines: list[tuple[str, ...]], head: tuple[str, ...] = (), one_line: bool = False) -> None:
     "Print columns, aligned; the last one as long as it is, or cut so that a line fits the terminal."
     lines = [head, *lines] if head else lines
@@ -78,7 +78,7 @@ def _check_preset(preset: str) -> None:
     if preset not in (known := _all_presets()):
         raise StudyError(f"no experiment has a preset {preset!r}: {nearest(preset, known)}")
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c05na
 def _starting(names: Iterable[str], start: str) -> list[str]:
     return [name for name in names if name.startswith(start)]
 
@@ -89,7 +89,7 @@ def _experiment_names(ctx: click.Context, option: click.Parameter, start: str) -
 
     return _starting(experiments(), start)
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c05na1
 def _preset_names(ctx: click.Context, option: click.Parameter, start: str) -> list[str]:
     "The presets that begin so, of all experiments or of those already named."
     from afgstudy.study.parameters import presets_of
@@ -125,7 +125,7 @@ def _needs(name: str, preset: str, blocked: bool) -> str:
     lacking += [f"{n}: afgstudy weights get {n}" for n in files if weights_checksum(n) == "none"]
     return f"needs {'; '.join(lacking)}" if lacking else ""
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c07aa
 def _is_here(name: str) -> bool:
     "Whether a data set is on this machine; one that does not exist is not."
     from afgstudy.data.inventory import is_here
@@ -165,7 +165,7 @@ def list_(names: tuple[str, ...], verbose: bool) -> None:
             remark = f"  # {p.help}" if p.help else ""
             click.echo(f"    {p.name}: {p.annotation} = {p.default!r}{remark}")
 
-# %% ../../nbs/60_study/06_cli.ipynb #c07z
+# %% ../../nbs/60_study/06_cli.ipynb #c07ax
 def _committed(names: tuple[str, ...]) -> None:
     "A line for each committed record: what its run needed that is otherwise today."
     from afgstudy.study.parameters import select
@@ -181,7 +181,7 @@ def _committed(names: tuple[str, ...]) -> None:
             lines.append((record["experiment"], record["preset"], state, revision[:7], why))
     _table(lines, ("experiment", "preset", "state", "revision", "what changed"), one_line=True)
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c07axa
 @main.command()
 @click.argument("names", nargs=-1, shell_complete=_experiment_names)
 @click.option("--committed", is_flag=True, help="The records under data/results, and what has changed since.")
@@ -368,7 +368,7 @@ def plan_(names: tuple[str, ...], preset: str, given: dict[str, Any], as_json: b
     else:
         _table([(j["experiment"], j["state"], " ".join(j["command"])) for j in jobs])
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c09pa
 def _command(job: Any, given: dict[str, Any]) -> list[str]:
     "What a machine has to be told to run a job."
     import json
@@ -448,7 +448,7 @@ class _DataGroup(_Group):
 def data() -> None:
     "The datasets: which there are, getting and checking them."
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c13a
 @data.command("list")
 def data_list() -> None:
     "The datasets, and which of them are here."
@@ -466,7 +466,7 @@ def data_get(names: tuple[str, ...]) -> None:
 
     _all_whole(sets.get(name) for name in names)
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #c13a1
 @data.command("check")
 @click.argument("names", nargs=-1, required=True, shell_complete=_set_names)
 def data_check(names: tuple[str, ...]) -> None:
@@ -497,7 +497,7 @@ def _checksum(*factories: str) -> str:
     files = [p for f in factories if (p := Path(f.rpartition(":")[0])).is_file() and p.suffix == ".py"]
     return sha256(b"".join(p.read_bytes() for p in files)).hexdigest() if files else ""
 
-
+# %% ../../nbs/60_study/06_cli.ipynb #judge1a
 def _yours(given: dict[str, Any], force: bool) -> int:
     "Run `summary/yours` with these parameters and print what may be quoted; the exit status."
     from afgstudy.judge.subject import DefenceError

@@ -54,7 +54,7 @@ def recover(job: Job) -> None:
     for part in job.parts:
         shutil.rmtree(part, ignore_errors=True)
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex09a
 def take_place(job: Job) -> None:
     "Put the part folder where the run belongs, in place of what an earlier attempt left there."
     shutil.rmtree(job.old, ignore_errors=True)
@@ -64,7 +64,7 @@ def take_place(job: Job) -> None:
     fsync(job.folder.parent)
     shutil.rmtree(job.old, ignore_errors=True)
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex09a1
 def point_latest(job: Job) -> None:
     "Make `latest` name this run."
     pointer, text = job.folder.parent / "latest", job.folder.name + "\n"
@@ -88,7 +88,7 @@ def _search_path() -> dict[str, str]:
     path += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path))} if path else {}
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex12a
 def environment(job: Job) -> dict[str, str]:
     "The environment of worker and kernel."
     caps = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -148,7 +148,7 @@ def close_stocks() -> None:
     while _stocks:
         _stocks.popitem()[1].close()
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex17a1
 def _start(job: Job, log: Any) -> subprocess.Popen | Handle:
     "A worker for a job: forked where that is possible, a fresh interpreter where not."
     place = {"environment": environment(job), "folder": job.project}
@@ -177,7 +177,7 @@ def attend(job: Job) -> tuple[str, str]:
         _end(process)
     return _verdict(job, code)
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex17ba
 def _verdict(job: Job, code: int | None) -> tuple[str, str]:
     "What a worker's exit status means; None for a worker that was stopped."
     if code is None:
@@ -208,7 +208,7 @@ def _attempt(job: Job, start: float) -> tuple[str, str]:
     finally:
         shutil.rmtree(job.part, ignore_errors=True)
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex20a
 def _keep_result(job: Job, facts: dict) -> None:
     "Seal the part folder, and put it where the run belongs."
     (job.part / "progress.json").unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def _keep_result(job: Job, facts: dict) -> None:
     take_place(job)
     point_latest(job)
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex20a1
 def keep_failure(job: Job, message: str) -> None:
     "Keep the notebook as far as it came, the error and the log; an earlier result stays beside them."
     error = job.part / "error.txt"
@@ -247,7 +247,7 @@ class Outcome:
     def ok(self) -> bool:
         return self.state in ("done", "present")
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex23a
 def _present(job: Job) -> bool:
     "Whether a job is finished and need not run; `latest` then names it."
     if job.force or not finished(job.folder):
@@ -256,7 +256,7 @@ def _present(job: Job) -> bool:
         point_latest(job)
     return True
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex23a1
 @contextmanager
 def _locked(job: Job) -> Iterator[bool]:
     "Hold the lock of a run; False if stopped while another runner had it."
@@ -311,7 +311,7 @@ def order_of(job: Job) -> Order:
     settings = {"threads": job.threads, "timeout": job.timeout, "force": job.force}
     return Order(job.experiment, job.preset, job.parameters, job.needs, settings)
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex27ba
 def fulfil(order: Order) -> Outcome:
     "Run an order on this machine; refuse it where code, data, versions or device are not those of the sender."
     where = f"the worker on {socket.gethostname()}"
@@ -327,7 +327,7 @@ def fulfil(order: Order) -> Outcome:
     left = [p for p in job.folder.rglob("*") if p.is_file()] if outcome.state != "interrupted" else []
     return replace(outcome, files={p.relative_to(job.folder).as_posix(): p.read_bytes() for p in left})
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex27ba1
 def receive(job: Job, outcome: Outcome) -> Outcome:
     "Put what a run on another machine left where it belongs on this one, unless the folder is shared."
     files, outcome = outcome.files, replace(outcome, job=job, files={})
@@ -368,7 +368,7 @@ def _settle(futures: dict[Future, Job], engine: Engine) -> None:
         except KeyboardInterrupt:
             _now.set()
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex29a
 def _await(futures: dict[Future, Job], outcomes: dict[Future, Outcome], report: Callable) -> None:
     "Fill `outcomes` as the futures end; a bar for the whole names what is running and where it is."
     pending = set(futures)
@@ -388,13 +388,13 @@ def needs_of_machine(job: Job) -> Resources:
     "What a job needs of the machine it runs on."
     return Resources(gpus=int(device_kind() == "cuda"), cpus=job.threads or int(job.parameters.get("threads", 1)))
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex31a
 def _submit(job: Job, engine: Engine) -> Future:
     "Hand a job to an engine: as it is on this machine, as an order to any other."
     task, argument = (run, job) if engine.here else (fulfil, order_of(job))
     return engine.submit(task, argument, needs_of_machine(job))
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex31a1
 def _after_ctrl_c(futures: dict[Future, Job], outcomes: dict[Future, Outcome], engine: Engine) -> list[Outcome]:
     "End what runs; what became of every job. A remote task that was interrupted ends with some error of the engine's."
     _settle(futures, engine)
@@ -404,7 +404,7 @@ def _after_ctrl_c(futures: dict[Future, Job], outcomes: dict[Future, Outcome], e
             outcomes[future] = Outcome(job, "interrupted") if broke else _outcome(future, job)
     return [outcomes[f] for f in futures]
 
-
+# %% ../../nbs/60_study/04_execute.ipynb #ex31a2
 def execute_all(
     jobs: Sequence[Job],
     workers: int = 1,  # runs at the same time

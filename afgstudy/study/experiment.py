@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/60_study/00_experiment.ipynb #c05
 PUBLISHED_COLUMNS = ["table", "dataset", "method", "attack", "metric", "value", "unit", "source"]
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c05a
 def published(
     paper: str,  # the paper's short name: "aalp"
     table: str | int | None = None,  # the table or figure; None: everything of the paper
@@ -91,7 +91,7 @@ def _machine_words() -> dict[str, str]:
     folders = {f: name for f, name in folders.items() if len(Path(f).parts) > 1 and Path(f).is_absolute()}
     return dict(sorted(folders.items(), key=lambda f: -len(f[0])))
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c10a
 def scrub(
     value: Any,  # text, or lists and dictionaries that hold text
 ) -> Any:  # the same without folders and name of this machine
@@ -116,7 +116,7 @@ DASH = "–"
 COLUMNS = "experiment dataset method attack metric published measured low high n seed preset unit".split()
 IDENTITY = ["dataset", "method", "attack", "metric", "seed"]
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c13a
 def _number(value: object) -> float | None:
     "A finite float, or None for None and NaN."
     return None if value is None or pd.isna(value) or not math.isfinite(value) else float(value)
@@ -127,7 +127,7 @@ def text_of(value: float | None, digits: int = 2, sign: bool = False) -> str:
     value = _number(value)
     return DASH if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c13a1
 def cells_of(row: Mapping, digits: int = 2) -> dict[str, str]:
     "published, measured [interval], gap and n of one row, as text."
     measured, low, high, n = (_number(row.get(k)) for k in ("measured", "low", "high", "n"))
@@ -163,7 +163,7 @@ def table_of(
     columns = list(dict.fromkeys(r[wide] for r in rows))
     return pd.DataFrame(cells.values(), index=index, columns=columns).fillna(DASH)
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c15a
 def caption_of(rows: list[dict]) -> str:
     "What all rows share: the dataset, the metric and its unit, the seed."
     shared = [(c, {r.get(c) for r in rows}) for c in ("dataset", "metric", "unit", "seed")]
@@ -173,7 +173,7 @@ def caption_of(rows: list[dict]) -> str:
     metric = " in ".join(str(facts[c]) for c in ("metric", "unit") if c in facts)
     return ", ".join(([facts["dataset"]] if "dataset" in facts else []) + [metric] * bool(metric))
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c15a1
 def styled(frame: pd.DataFrame, caption: str = "") -> "pd.io.formats.style.Styler":
     "The table for the notebook: right-aligned numbers, quiet lines, line breaks kept."
     rules = [
@@ -199,7 +199,7 @@ def parameters_of(
         n: namespace[n] for n in namespace.get("__annotations__", {}) if isinstance(namespace.get(n), plain)
     }
 
-
+# %% ../../nbs/60_study/00_experiment.ipynb #c17a
 def _job(name: str) -> tuple[Path, dict]:
     "The folder to write to and what the runner says about this run; an empty dictionary without a runner."
     if folder := os.environ.get("AFGSTUDY_RUN_DIR"):

@@ -76,7 +76,7 @@ def _cell(data: dict) -> Cell:
         raise ValueError(f"a cell's tags are a list, not {tags!r}")
     return Cell(str(data["cell_type"]), source, tuple(map(str, tags)))
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa10a1
 @lru_cache(maxsize=512)
 def _notebook(path: Path, size: int, changed: int) -> Notebook:
     "The notebook in a file of this size, changed at this time."
@@ -110,7 +110,7 @@ _RANGE = re.compile(
     r"\bin ([\[(])\s*([-+.\de]+|-inf)\s*,\s*([-+.\de]+|inf)\s*([\])])|\bat least ([-+.\d]+)\s*$"
 )
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa13a
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of an experiment."
@@ -150,7 +150,7 @@ def _literal(node: ast.expr) -> Any:
         return eval(compile(ast.Expression(node), "<parameter>", "eval"), {"__builtins__": {}})
     return ast.literal_eval(node)
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa16a
 def parameters_cell(notebook: Notebook) -> Cell:
     "The one cell tagged `parameters`."
     tagged = [c for c in notebook.cells if "parameters" in c.tags]
@@ -164,7 +164,7 @@ def _comment(line: str) -> str:
     tokens = tokenize.generate_tokens(StringIO(line).readline)
     return next((t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT), "")
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa16a1
 def _parameter(node: ast.stmt, line: str) -> Parameter:
     "The parameter that a statement defines, its explanation taken from its line."
     target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
@@ -213,7 +213,7 @@ _PLAIN = {
     "tuple": list | tuple,
 }
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa21a
 def fit(
     value: Any,
     kind: ast.expr,  # a type's syntax tree
@@ -229,7 +229,7 @@ def fit(
         return _fit_generic(value, ast.unparse(kind.value).split(".")[-1], kind.slice)
     return _fit_plain(value, ast.unparse(kind).split(".")[-1])
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa21a1
 def _fit_plain(value: Any, name: str) -> Any:
     "The value if it is of the plain type with this name. No number of a parameter is infinite or undefined."
     if name in ("Any", "object", "NoneType"):
@@ -242,7 +242,7 @@ def _fit_plain(value: Any, name: str) -> Any:
         return value
     raise TypeError
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa21a2
 def _fit_any(value: Any, kinds: list[ast.expr]) -> Any:
     "The value as the first of several types that it fits."
     for kind in kinds:
@@ -278,7 +278,7 @@ def _as_number(text: Any) -> Any:
         return text if bottom and not float(bottom) else float(top) / float(bottom or 1)
     return text
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa26a
 def _check(parameter: Parameter, value: Any, numbers_from_text: bool) -> Any:
     "The value with the type the parameter wants; `StudyError` with the end of a sentence that says why not."
     kind = ast.parse(parameter.annotation, mode="eval").body
@@ -294,7 +294,7 @@ def _check(parameter: Parameter, value: Any, numbers_from_text: bool) -> Any:
     hint = f"; YAML reads {value} as text, write {number:#.6g}" if number is not value else ""
     raise StudyError(f"must be {parameter.annotation}, got {value!r} ({type(value).__name__}){hint}")
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa26a1
 def check_parameters(
     known: dict[str, Parameter],  # as `parameters_in` gives them
     given: dict[str, Any],  # the values to set
@@ -325,7 +325,7 @@ def check_preset_name(preset: str) -> str:
         raise StudyError(f"a preset is named with letters, digits, - and _ ('cpu'), got {preset!r}")
     return preset
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa29a
 def presets_of(name: str, folder: Path | None = None) -> list[str]:
     "The presets of an experiment."
     files = ((folder or experiments_root()) / "presets").glob(f"*/{name}.yaml")
@@ -333,7 +333,7 @@ def presets_of(name: str, folder: Path | None = None) -> list[str]:
     found = {"smoke"} | {f.parents[name.count("/")].name for f in files}
     return sorted(found, key=lambda p: (order.index(p) if p in order else len(order), p))
 
-
+# %% ../../nbs/60_study/01_parameters.ipynb #pa29a1
 def read_preset(name: str, preset: str, folder: Path | None = None) -> dict[str, Any]:
     "The values that a preset gives an experiment."
     if check_preset_name(preset) == "smoke":

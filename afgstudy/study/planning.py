@@ -75,7 +75,7 @@ def _stamp(tops: Sequence[str]) -> str:
                 digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl07a
 def _tops_of(name: str) -> list[str]:
     "The files and folders that a dataset consists of, and the code that reads them."
     from afgstudy import data
@@ -95,7 +95,7 @@ def _remembered(cache: Path) -> dict[str, dict]:
     except (OSError, ValueError, AttributeError):
         return {}
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl09a
 @lru_cache(maxsize=256)  # a hundred jobs ask for the same sets
 def _fingerprint(name: str, root: str, cache: Path) -> tuple[bool, str]:
     "Whether the set is there, and its fingerprint or what is wrong."
@@ -116,7 +116,7 @@ def _fingerprint(name: str, root: str, cache: Path) -> tuple[bool, str]:
         write_whole(cache, json.dumps(known | {f"{root}:{name}": entry}))
     return here, value
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl09a1
 def dataset_fingerprint(name: str) -> str:
     "What identifies a dataset's content. `FileNotFoundError` that says how to get it where it is missing."
     cache = runs_root() / "fingerprints.json"
@@ -138,7 +138,7 @@ def scientific_cells(notebook: Notebook) -> list[Cell]:
     "The code cells that a run's numbers depend on: all but the parameters and those tagged `show`."
     return [c for c in notebook.cells if c.cell_type == "code" and not {"parameters", "show"} & set(c.tags)]
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl14a
 def ingredients(
     path: Path,  # the notebook
     parameters: dict[str, Any],  # all of them
@@ -205,7 +205,7 @@ class Job:
         "Where an earlier result waits while a new one takes its place."
         return self.folder.with_name(f".{self.folder.name}.old")
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl17a
 def _changed(path: Path) -> int:
     "When a folder was last changed; 0 if it has just gone."
     try:
@@ -263,7 +263,7 @@ def plan(
             raise StudyError("\n".join(mistakes))
     return jobs
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl19ba
 def job_here(experiment: str, preset: str, parameters: dict[str, Any], **settings: Any) -> Job:
     "The job with these parameters, all of them given, on this machine: its paths, its data, its device."
     path = select([experiment])[experiment]
@@ -283,7 +283,7 @@ def _facts(folder: Path) -> dict:
         raise StudyError("run.json does not describe a run")
     return facts
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl24a
 def check_run(folder: Path) -> dict:
     "What is known of a finished run. `StudyError` if the folder holds none, or if a file is missing or cut off."
     if folder.is_symlink():
@@ -299,7 +299,7 @@ def check_run(folder: Path) -> dict:
             raise StudyError(f"{name} has {file.stat().st_size} bytes instead of {size}")
     return facts
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl24a1
 def finished(folder: Path) -> dict | None:
     "What is known of a finished run; None if the folder holds none that is whole."
     try:
@@ -344,7 +344,7 @@ def estimated_seconds(job: Job) -> float | None:
     earlier = earlier_runs(job)
     return earlier[0]["seconds"] if earlier else None
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl29a
 def seconds_text(seconds: float | None) -> str:
     "A duration as people say it."
     if seconds is None:
@@ -393,7 +393,7 @@ def state_of(job: Job) -> State:
         return State("stale", same[0]["finished"], same[0]["seconds"], why)
     return State("never")
 
-
+# %% ../../nbs/60_study/02_planning.ipynb #pl33a1
 def _damaged(job: Job) -> State:
     "The state of a run whose folder is there but not whole."
     try:

@@ -212,7 +212,7 @@ def publish(
     os.replace(part, target)
     return target, remarks
 
-
+# %% ../../nbs/60_study/05_records.ipynb #c24da
 def renew_prose(
     project: Path | None = None,
 ) -> list[Path]:  # the notebooks that changed

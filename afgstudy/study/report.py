@@ -108,7 +108,7 @@ def tables_of(
         tables.append(dict(caption=caption, percent=unit == "%", methods=methods))
     return tables
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c11ba
 def html_table(rows: list[dict]) -> str:
     "The rows as HTML tables."
     return render("tables.html.j2", parts=tables_of(rows))
@@ -145,7 +145,7 @@ def device_text(device: dict) -> str:
     parts += [f"{label} {device[field]}" for label, field in libraries if device.get(field)]
     return ", ".join(part for part in parts if part)
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c14a
 def provenance_lines(record: dict) -> dict[str, str]:
     "What a reader needs to get the same numbers: name and text."
     p = record["provenance"]
@@ -174,7 +174,7 @@ SMOKE = (
     "to end. It is not a reproduction, and its gap to the paper means nothing."
 )
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c15ba
 def compared(rows: Iterable[dict]) -> list[dict]:
     "The rows that hold a published and a measured number with its interval."
     return [
@@ -186,7 +186,7 @@ def inside(rows: Iterable[dict]) -> list[dict]:
     "Of these rows the ones whose published number lies in the measured interval."
     return [r for r in compared(rows) if r["low"] <= r["published"] <= r["high"]]
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c15ba1
 def largest_gap(rows: Iterable[dict]) -> str:
     "The percentage that lies farthest from its published number, as text; a dash where there is none."
     parted = [r for r in compared(rows) if r.get("unit") == "%"]
@@ -208,7 +208,7 @@ def attacks_of(record: dict) -> list[dict]:
         runs.append({**run, "seed": run.get("seed", DASH), "after": ", ".join(steps)})
     return runs
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c15ca
 def verdict(record: dict) -> list[str]:
     "What the numbers of a record say, in sentences; empty for a smoke run, whose numbers say nothing."
     if record["preset"] == "smoke":
@@ -253,7 +253,7 @@ def _pictures(record: dict, source: Callable[[dict, Path], str]) -> list[dict]:
         if file
     ]
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c18ba
 def _section(record: dict, source: Callable[[dict, Path], str], folder: Path | None) -> dict:
     "A record as the templates take it; `folder`: where the page lies, to link the notebook from."
     notebook = record["folder"] / "notebook.ipynb"
@@ -293,7 +293,7 @@ def _papers(records: list[dict]) -> list[dict]:
         for name, part in papers.items()
     ]
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c18ca
 def _page(
     kind: str, records: list[dict], missing: Sequence[str], source: Callable, folder: Path | None
 ) -> str:
@@ -312,7 +312,7 @@ def html_page(records: list[dict], missing: Sequence[str] = (), folder: Path | N
     "The whole report as one self-contained page; `folder`: where it will lie, to link executed notebooks from."
     return _page("html", records, missing, lambda record, file: _inline(file), folder)
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c18ca1
 def markdown_page(
     records: list[dict],
     source: Callable[[dict, Path], str],  # (record, figure's file) -> its address
@@ -347,7 +347,7 @@ def report(
         write_whole(folder / name, text)
     return [folder / name for name in pages]
 
-
+# %% ../../nbs/60_study/05a_report.ipynb #c21a
 def _copier(folder: Path) -> Callable[[dict, Path], str]:
     "What copies a figure beside the page and returns its address there."
     (folder / "figures").mkdir(parents=True)

@@ -50,7 +50,7 @@ def weights_get(names: tuple[str, ...], folder: str | None) -> None:
     for name in names:
         click.echo(files.get(name, folder))
 
-
+# %% ../../nbs/60_study/06a_shelves.ipynb #c06a
 @weights.command("check")
 @click.argument("names", nargs=-1, shell_complete=_file_names)
 @click.option("--in", "folder", type=click.Path(), help="The folder.  [default: AFGSTUDY_WEIGHTS]")

@@ -46,7 +46,7 @@ def referenced() -> set[str]:
     "The keys of all artifacts that some record names."
     return set().union(*map(named_in, records()))
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c05a
 def busy_since() -> float:
     "When the oldest run began that is not finished, as seconds since 1970; infinity where there is none."
     began = [p.stat().st_mtime for p in runs_root().glob("*/**/.*.part/job.json")]
@@ -66,7 +66,7 @@ def size_of(folder: Path) -> int:
     "The bytes of all files below a folder."
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c08a
 def is_busy(folder: Path) -> bool:
     "Whether a process holds the lock of this artifact, or of what is left of its build."
     name = re.match(r"\.?([0-9a-f]+)", folder.name)[1]
@@ -76,7 +76,7 @@ def is_busy(folder: Path) -> bool:
     except Timeout:
         return True
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c08a1
 def _left(store: Store) -> Iterator[tuple[Path, str]]:
     "What is no artifact: unfinished builds, parts, damaged ones."
     kinds = {"scratch": "unfinished", "part": "cut off"}
@@ -84,7 +84,7 @@ def _left(store: Store) -> Iterator[tuple[Path, str]]:
         if folder.is_dir() and (found := re.fullmatch(r"\.[0-9a-f]+\.(scratch|part|damaged-\d+)", folder.name)):
             yield folder, kinds.get(found[1], "damaged")
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c08a2
 def strays(store: Store) -> list[Stray]:
     "All that no record refers to and no process is building, the largest first."
     keys = referenced()
@@ -138,12 +138,12 @@ class Parcel(NamedTuple):
         "Where it lies in a store."
         return store.root / self.kind / (f".{self.name}.scratch" if self.unfinished else self.name)
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c13a
 def checkpoints_root() -> Path:
     "`data/checkpoints/` in the project."
     return project_root() / "data" / "checkpoints"
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c13a1
 def in_store(key: str, store: Store) -> Parcel:
     "The one artifact or unfinished build whose key begins so. `StudyError` where there is none, or several."
     found = {}
@@ -167,7 +167,7 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
             found[name] = {"sha256": file_checksum(path), "bytes": path.stat().st_size}
     return found
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c16a
 def copy_whole(source: Path, target: Path, files: dict, extra: str | None = None) -> None:
     "Copy these files into a new folder, whole or not at all; `extra` becomes its list. Replaces what was there."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def copy_whole(source: Path, target: Path, files: dict, extra: str | None = None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c16a1
 def _put_in_place(part: Path, target: Path, old: Path) -> None:
     "Rename a whole folder to its place; what lay there goes when the new one is in."
     if target.exists():
@@ -208,7 +208,7 @@ def check_room(parcels: Sequence[Parcel], folder: Path) -> None:
         large = ", ".join(f"{n} ({size_text(s)})" for n, s in sorted((there | sizes).items(), key=lambda i: -i[1])[:5])
         raise StudyError(f"{folder} would have {size_text(total)}, more than the {size_text(LIMIT)} allowed: {large}")
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c18a
 def export_to(folder: Path, keys: Sequence[str], store: Store) -> list[Parcel]:
     "Copy artifacts and unfinished builds to a folder of parcels. `StudyError` before anything is copied."
     parcels = [in_store(key, store) for key in keys]
@@ -223,7 +223,7 @@ def export_to(folder: Path, keys: Sequence[str], store: Store) -> list[Parcel]:
             copy_whole(p.source, folder / p.place, files, json.dumps(facts, indent=1) + "\n")
     return parcels
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c18a1
 def size_text(count: float) -> str:
     "A number of bytes as people say it."
     for unit in ("B", "kB", "MB"):
@@ -246,7 +246,7 @@ def _listed(folder: Path) -> dict:
         raise StudyError(f"{folder / LIST} is not of this version, or names files outside its folder: {outside}")
     return facts
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c21a
 def check_parcel(folder: Path) -> Parcel:
     "A parcel whose files are what was exported. `StudyError` that names all that is wrong."
     facts = _listed(folder)
@@ -261,14 +261,14 @@ def check_parcel(folder: Path) -> Parcel:
         raise StudyError(f"{folder.parent.name}/{folder.name} is refused: " + "; ".join(wrong))
     return p
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c21a1
 def _wrong_files(listed: dict, found: dict) -> list[str]:
     "What is wrong with the files of a parcel."
     wrong = [f"{n} is missing" for n in listed if n not in found]
     wrong += [f"{n} is not listed" for n in found if n not in listed]
     return wrong + [f"{n} is not what was exported" for n in found if n in listed and found[n] != listed[n]]
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c21a2
 def _wrong_artifact(p: Parcel) -> list[str]:
     "What is wrong with the manifest of a finished artifact."
     try:
@@ -278,7 +278,7 @@ def _wrong_artifact(p: Parcel) -> list[str]:
         return [f"{MANIFEST} is none: {type(e).__name__}"]
     return [] if same else [f"{MANIFEST} describes another artifact"]
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c21b
 def import_from(folder: Path, store: Store) -> list[tuple[Parcel, str]]:
     "Copy the parcels of a folder into the store; each with what became of it. `StudyError` before anything is copied."
     parcels = [check_parcel(f.parent) for f in sorted(folder.glob(f"*/*/{LIST}"))]
@@ -286,7 +286,7 @@ def import_from(folder: Path, store: Store) -> list[tuple[Parcel, str]]:
         raise StudyError(f"no parcels in {folder}: `afgstudy store export` makes some")
     return [(p, _received(p, store)) for p in parcels]
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c21b1
 def _received(p: Parcel, store: Store) -> str:
     "Copy one parcel into the store, unless the artifact or an unfinished build of it is there."
     finished = store.root / p.kind / p.name
@@ -317,7 +317,7 @@ def store_ls() -> None:
         _table(lines, ("kind", "key", "size", "made (UTC)", "took", "what"))
     click.echo(f"{len(found)} artifacts, {size_text(sum(a.bytes for a in found))} in {Store().root}")
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c24a
 def _short(value: Any) -> str:
     "A value of a description as it fits a line: a dataclass by its name; nothing for checksums and the like."
     if isinstance(value, dict) and "partial" in value:  # a call: the function and what has a name among its arguments
@@ -343,7 +343,7 @@ def store_rm(keys: tuple[str, ...], kind: str | None) -> None:
             raise StudyError(e.args[0]) from None
         click.echo(f"removed {gone.kind} {gone.key[:12]}, {size_text(gone.bytes)}")
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c25a
 @store.command("gc")
 @click.option("--unused-for", "days", type=click.FloatRange(min=0), default=1.0, show_default=True, metavar="DAYS",
               help="Leave what was used more recently.")
@@ -365,7 +365,7 @@ def store_gc(days: float, yes: bool) -> None:
         removed = list(clear(gone))
         click.echo(f"removed {len(removed)}, {size_text(sum(s.bytes for s in removed))}")
 
-
+# %% ../../nbs/60_study/06b_storage.ipynb #c25a1
 def _show_strays(found: Sequence[Stray]) -> None:
     "What would go, with sizes."
     lines = []

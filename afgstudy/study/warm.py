@@ -73,7 +73,7 @@ class _Line:
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
 
-
+# %% ../../nbs/60_study/02a_warm.ipynb #wa07a
 class Forked(Handle):
     "A process that the stock has forked for this one."
 
@@ -97,7 +97,7 @@ def _import_all(modules: Sequence[str]) -> None:
         with suppress(Exception):
             import_module(name)
 
-
+# %% ../../nbs/60_study/02a_warm.ipynb #wa09a
 def _become(what: Callable[[], Any]) -> NoReturn:
     "Be another process from here on: do this, and end as an interpreter ends."
     import atexit
@@ -120,7 +120,7 @@ def _become(what: Callable[[], Any]) -> NoReturn:
                 stream.flush()
         os._exit(status)
 
-
+# %% ../../nbs/60_study/02a_warm.ipynb #wa09a1
 def _settle_in(environment: dict[str, str], folder: str) -> None:
     "Take over an environment and a working folder."
     os.environ.clear()
@@ -142,7 +142,7 @@ def run_kernel(
     sys.argv = ["ipykernel_launcher", *arguments, *own]
     IPKernelApp.launch_instance(argv=sys.argv[1:])
 
-
+# %% ../../nbs/60_study/02a_warm.ipynb #wa10a
 class WaitingKernel:
     "A fork of this process that waits to become a kernel. Made before papermill starts its threads."
 
@@ -184,7 +184,7 @@ def _serve_one(connection: socket.socket, others: Sequence[socket.socket]) -> in
         return pid
     _become(lambda: _answer(asked, connection, others))
 
-
+# %% ../../nbs/60_study/02a_warm.ipynb #wa12a
 def _answer(asked: dict, connection: socket.socket, others: Sequence[socket.socket]) -> None:
     "In the fork: the line becomes standard input, the log the output; then be a worker or a kernel."
     os.setsid()
@@ -225,7 +225,7 @@ def serve() -> NoReturn:
                 lines[_serve_one(connection, [listener, *lines.values()])] = connection
         _tell_ended(lines)
 
-
+# %% ../../nbs/60_study/02a_warm.ipynb #wa13a
 def _tell_ended(lines: dict[int, socket.socket]) -> None:
     "Tell the exit status of every fork that has ended."
     for pid in list(lines):
@@ -272,7 +272,7 @@ class Stock:
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-
+# %% ../../nbs/60_study/02a_warm.ipynb #wa15a
 def possible() -> bool:
     "Whether workers can be forked here: on Linux, unless `AFGSTUDY_WARM` is 0."
     return sys.platform == "linux" and os.environ.get("AFGSTUDY_WARM", "1") != "0"

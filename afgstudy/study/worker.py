@@ -61,7 +61,7 @@ def kernel_manager_class(
 
     return ThisPython
 
-
+# %% ../../nbs/60_study/03_worker.ipynb #wo05a
 def _forked(fork: Callable, command: list[str], asked: dict[str, Any]) -> Any:
     "The forked kernel; None where none is left. Like a started one it ends when its parent is gone."
     environment = dict(asked.get("env") or os.environ) | {"JPY_PARENT_PID": str(os.getpid())}

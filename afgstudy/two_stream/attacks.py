@@ -63,7 +63,7 @@ class TypeTwo(Attack):
         difference = self.attack.perturb(model.low, small, y, noise) - small
         return (x + resize(difference, model.high_size, model.mode)).clamp(0, 1)
 
-
+# %% ../../nbs/30_two_stream/03_attacks.ipynb #c07a
 @dataclass(frozen=True)
 class ResizeOnly(Attack):
     "No attack: shrink and enlarge. What a change of size costs by itself."

@@ -53,7 +53,7 @@ class Evidence(NamedTuple):
     low_p: Tensor  # [B, 2]
     low_label: Tensor  # [B, 2] int64
 
-
+# %% ../../nbs/30_two_stream/01_defence.ipynb #c08a
 def evidence_of(
     high: Tensor,  # [B, K] logits of the high-resolution network
     low: Tensor,  # [B, C] logits of the low-resolution network
@@ -260,7 +260,7 @@ class Sweep(NamedTuple):
     wrong: np.ndarray
     rejected: np.ndarray
 
-
+# %% ../../nbs/30_two_stream/01_defence.ipynb #c30a
 def sweep(
     e: Evidence,
     allowed: Tensor,  # [B, C] bool
@@ -277,7 +277,7 @@ def sweep(
     ]
     return Sweep(p1, p2, *np.array(shares).reshape(len(p1), len(p2), 3).transpose(2, 0, 1))
 
-
+# %% ../../nbs/30_two_stream/01_defence.ipynb #c30a1
 def frontier(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Indices of the points that no other beats in both (smaller is better), from left to right."
     order = np.lexsort((y.ravel(), x.ravel()))
@@ -299,7 +299,7 @@ class Budget(NamedTuple):
         "Whether each accepted image is right."
         return self.right[~self.rejected]
 
-
+# %% ../../nbs/30_two_stream/01_defence.ipynb #c36a
 def at_budget(
     verdict: Verdict,  # of the images to judge
     allowed: Tensor,  # [N, C] bool

@@ -27,7 +27,7 @@ def placed(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.int64, device=device)
 
-
+# %% ../../nbs/30_two_stream/00_labels.ipynb #c05a
 @dataclass(frozen=True)
 class LabelMap:
     "Which classes of the high-resolution network belong to which category of the low-resolution one."
@@ -64,7 +64,7 @@ def assets() -> Path:
     "The folder of the tables that are shipped with the package."
     return Path(afgstudy.__file__).parent / "assets"
 
-
+# %% ../../nbs/30_two_stream/00_labels.ipynb #c07a
 def read_map(
     source: str | Path = "imagenet_to_cifar10",  # the name of a shipped table, or the path of a CSV file
 ) -> LabelMap:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CARS', 'AIRCRAFT', 'PARTS', 'PHOTOGRAPHS', 'SLOW', 'WITH_RADIUS', 'JOINT_COLOURS', 'PAPER_SET', 'label_map',
-           'category_images', 'allowed_for', 'low_network', 'high_network', 'description', 'build_evidence',
-           'evidence_under', 'build_universal', 'fitted_universal', 'Column', 'column_for', 'Seen', 'under_attacks',
-           'on_part', 'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates', 'verdict_rates',
-           'summed', 'works', 'thresholds_at', 'AtShare', 'under_thresholds', 'at_share', 'attack_colour',
-           'replace_mode']
+           'category_images', 'allowed_for', 'further_trained', 'low_network', 'high_network', 'description',
+           'build_evidence', 'evidence_under', 'build_universal', 'fitted_universal', 'Column', 'column_for', 'Seen',
+           'under_attacks', 'on_part', 'at_radius', 'study_attacks', 'cross_fitted', 'shuffle_tiles', 'network_rates',
+           'verdict_rates', 'summed', 'works', 'thresholds_at', 'AtShare', 'under_thresholds', 'at_share',
+           'attack_colour', 'replace_mode']
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c02
 import math
@@ -50,6 +50,7 @@ from afgstudy.two_stream.defence import (
 )
 from .labels import OTHER, LabelMap, identity_map, read_map
 from .networks import make_network, trained_network
+from .views import low_training
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c05
 CARS, AIRCRAFT = ("automobile", "truck"), ("airplane",)  # answers that are right for a whole set
@@ -65,7 +66,7 @@ def label_map(dataset: str) -> LabelMap:
         return identity_map(CLASSES, "shapes")
     return read_map()
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c05a
 def category_images(
     dataset: str,  # shapes, cifar10, imagenet1000, imagenet, cars, aircraft, or a part of these two
     n: int | None = None,  # images, chosen by seed; None: all
@@ -101,7 +102,7 @@ def category_images(
     y = torch.full_like(photos.y, first) if whole else labels(photos.y).clamp(min=0)
     return Dataset(dataset, split, x, y.to(x.device), labels.categories)
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c05a1
 def _photographs(dataset: str, split: str, size: int) -> Stream:
     "A set's photographs; of a part, nine tenths are test images and the others are for fitting."
     how = dict(size=size, workers=0, resize=_short_side(size))
@@ -114,7 +115,7 @@ def _short_side(size: int) -> int:
     "The short side before the central crop: 256 for 224 pixels, as ImageNet's networks are judged."
     return round(size * 256 / 224)
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c05a2
 def allowed_for(
     data: Dataset,  # as `category_images` gives it
 ) -> Tensor:  # [N, C] bool
@@ -123,6 +124,21 @@ def allowed_for(
     if PARTS.get(data.name, data.name) == "cars":
         allowed[:, [data.classes.index(c) for c in CARS]] = True
     return allowed
+
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c08f
+def further_trained(
+    low: torch.nn.Module,  # trained in place
+    dataset: str,  # "shapes", or anything else for CIFAR-10 and Imagenette
+    n: int,  # images of it
+    epochs: int = 6,
+    seed: int = 0,
+    store: Store = NOWHERE,
+    **options,  # of shapes
+) -> torch.nn.Module:
+    "The low-resolution network after further training on views of its images and on shrunk photographs."
+    data = low_training("shapes" if dataset == "shapes" else "cifar10", n, seed, **options)
+    recipe = Recipe(epochs=epochs, batch_size=64, lr=1e-3, schedule="cosine", augment="crop_flip", seed=seed)
+    return trained_network("low", data, recipe, store, start=low)
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c08
 def low_network(
@@ -135,19 +151,24 @@ def low_network(
     seed: int = 0,
     store: Store = NOWHERE,
     lr: float | None = None,  # highest learning rate; None: 3e-3 on shapes, else 2e-3
+    further: int = 0,  # images that it then goes on training on, in two views each; 0: none
+    further_epochs: int = 6,
     **options,
 ) -> torch.nn.Module:
     "The network that sees 32 pixels."
+    drawn = dict(agreement=agreement) if dataset == "shapes" else {}
     if weights:
-        return make_network(name, len(label_map(dataset).categories), 3, 32, weights=weights, **options)
-    shapes = dict(size=32, agreement=agreement) if dataset == "shapes" else {}
-    data = load("shapes" if shapes else "cifar10", "train", n=n_train, seed=seed, **shapes)
-    how = dict(batch_size=24, lr=3e-3) if shapes else dict(batch_size=64, lr=2e-3, augment="crop_flip")
-    how |= {"lr": lr} if lr else {}
-    recipe = Recipe(epochs=epochs, schedule="cosine", seed=seed, **how)
-    return trained_network(name, data, recipe, store, **options)
+        low = make_network(name, len(label_map(dataset).categories), 3, 32, weights=weights, **options)
+    else:
+        size = dict(size=32) if drawn else {}
+        data = load("shapes" if drawn else "cifar10", "train", n=n_train, seed=seed, **size, **drawn)
+        how = dict(batch_size=24, lr=3e-3) if drawn else dict(batch_size=64, lr=2e-3, augment="crop_flip")
+        how |= {"lr": lr} if lr else {}
+        recipe = Recipe(epochs=epochs, schedule="cosine", seed=seed, **how)
+        low = trained_network(name, data, recipe, store, **options)
+    return further_trained(low, dataset, further, further_epochs, seed, store, **drawn) if further else low
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c08a
 def high_network(
     dataset: str,
     name: str,
@@ -189,7 +210,7 @@ def build_evidence(
         parts.append(defence.look(x))
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in Evidence._fields}
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c10a
 def evidence_under(
     attack: Attack | None,  # None: the images as they are
     defence: TwoStream,
@@ -212,7 +233,7 @@ def build_universal(
     fitted = attack.fit(model, data.batches(batch_size))
     return {"perturbation": fitted.perturbation}, {"rates": list(fitted.fooling_rates)}
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #k02a
 def fitted_universal(
     defence: TwoStream,
     data: Dataset,  # images to fit to, none of which is judged later
@@ -236,7 +257,7 @@ class Column(NamedTuple):
     fit_data: Dataset  # images for the universal perturbation
     small: Tensor | None  # the images at the low resolution, where they were enlarged
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13a
 def column_for(
     dataset: str,
     n: int,  # images to judge, 0 for all
@@ -258,7 +279,7 @@ def column_for(
     small = load(dataset, "test", n=n or None, seed=seed).images() if dataset == "cifar10" else None
     return Column(data, defence.to(data.device), fit_data, small)
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13a1
 class Seen(NamedTuple):
     "What was seen of N images under one attack."
 
@@ -269,7 +290,7 @@ class Seen(NamedTuple):
 
 SLOW = ("MI-FGSM", "DeepFool", "One-pixel", "Three-pixel", "Carlini", "margin", "sum of types", "/255")
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13a2
 def under_attacks(
     b: Column,
     attacks: dict[str, Attack | None],
@@ -290,7 +311,7 @@ def under_attacks(
         seen[name] = Seen(found, data.y, allowed_for(data))
     return seen
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c13b
 def on_part(s: Seen, n_slow: int, seed: int = 0) -> Seen:
     "What was seen of the `n_slow` images that slow attacks are given."
     if not n_slow or n_slow >= len(s.y):
@@ -306,7 +327,7 @@ def at_radius(name: str, eps: float) -> str:
     "The name of an attack at a further radius."
     return f"{name}, {255 * eps:.3g}/255"
 
-
+# %% ../../nbs/30_two_stream/05_protocol.ipynb #c16a
 def study_attacks(
     b: Column,
     eps: float,

@@ -22,7 +22,7 @@ class Reputation(NamedTuple):
     counter: np.ndarray  # int8
     listed: np.ndarray  # bool
 
-
+# %% ../../nbs/30_two_stream/04_reputation.ipynb #c05a
 @dataclass(frozen=True)
 class ReputationServer:
     "The server of Algorithm 2 (Ge et al. 2019)."
@@ -76,7 +76,7 @@ class Blacklisted(NamedTuple):
     now: np.ndarray
     ever: np.ndarray
 
-
+# %% ../../nbs/30_two_stream/04_reputation.ipynb #c08a
 def simulate(
     reject: float | Sequence[float],  # how often an image of such a node is rejected
     nodes: int,
@@ -114,7 +114,7 @@ def transition(
             np.add.at(matrix, (counter + n * listed, after.counter + n * after.listed), probability)
     return matrix
 
-
+# %% ../../nbs/30_two_stream/04_reputation.ipynb #c10a
 def exact(
     reject: float | Sequence[float],
     images: int,  # T
@@ -147,7 +147,7 @@ def counting(
     "Rejection rates, by counter, of a node that counts along."
     return np.where(np.arange(server.ceiling + 1) <= up_to, attacked, clean)
 
-
+# %% ../../nbs/30_two_stream/04_reputation.ipynb #c17a
 def wrong_answers(
     reject: float | Sequence[float],
     images: int,
