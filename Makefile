@@ -43,7 +43,7 @@ test-elsewhere: setup test-sse41-notebooks
 	$(AVX2) $(LIBRARY_NOTEBOOKS) --n_workers 1
 	$(AVX2) $(BIN)/python -m pytest
 	$(ONE_THREAD) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(ONE_THREAD) AFGSTUDY_THOROUGH=1 $(BIN)/python -m pytest
 
 test-sse41-notebooks: setup
 	$(SSE41) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)

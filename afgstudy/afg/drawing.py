@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..attacks.base import frozen
+from ..attacks.base import check_count, frozen
+from ..attacks.settings import check_number
 from ..device import generator_for, is_accelerator
 from ..models import features
 
@@ -72,11 +73,11 @@ class Visualiser:
     normalised: bool = False  # each picture's gradient has length one in every step (a variant, see `stable`)
 
     def __post_init__(self):
-        if self.size < 8 or self.steps < 1 or min(self.batch_size, self.shown) < 0:
-            raise ValueError(f"size >= 8, steps >= 1, batch_size and shown >= 0 are needed, got {self}")
-        moves = (self.pad, self.jitter, self.settle, self.scale, self.turn, self.redirect)
-        if min(moves) < 0 or self.scale >= 1:
-            raise ValueError(f"transformations are given by sizes >= 0 (scale < 1), got {self}")
+        counts = dict.fromkeys(("pad", "jitter", "settle", "turn", "redirect", "shown", "batch_size"), 0)
+        for name, least in {"size": 8, "steps": 1, **counts}.items():
+            check_count(name, getattr(self, name), least)
+        for name, interval in (("lr", "(0, inf)"), ("start", "[0, inf)"), ("scale", "[0, 1)")):
+            check_number(name, getattr(self, name), interval)
 
     def pictures_at_once(self, gpu: bool) -> int:
         "How many pictures are drawn in one batch."

@@ -14,6 +14,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.v2 import functional as TF
 
 from .base import Attack, ImageNoise
+from .settings import check_choice, check_number
 
 # %% ../../nbs/10_attacks/08a_harmless.ipynb #h05
 def through_jpeg(
@@ -34,10 +35,10 @@ class Harmless(Attack):
     l2: float | None = None  # L2 norm to which the change of each image is scaled; None: as it comes
 
     def __post_init__(self):
-        if self.l2 is not None and not self.l2 > 0:
-            raise ValueError(f"l2 must be positive, got {self.l2!r}")
-        if self.kind not in ("noise", "blur", "jpeg"):
-            raise ValueError(f"kind must be noise, blur or jpeg, got {self.kind!r}")
+        check_choice("kind", self.kind, ("noise", "blur", "jpeg"))
+        for name in ("strength", "l2"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), "(0, inf)")
 
     @property
     def name(self) -> str:

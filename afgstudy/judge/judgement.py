@@ -225,7 +225,8 @@ def trial(
     subject: Subject, data: Dataset, threat: Threat, held_out: Dataset | None, networks: dict, effort: Effort, seed: int
 ) -> Judgement:
     "All attackers in turn, then the curve and the checks."
-    started, before = time.perf_counter(), fingerprint(subject.thing)
+    started, parts = time.perf_counter(), inside(subject.thing)  # a defence may make more modules on the way
+    before = fingerprint(*parts)
     subject, ways = tallied(subject)
     clean = in_batches(subject.defence, data.images(), batch_size=effort.batch_size)
     settings = settings_of(subject, clean, held_out, effort.batch_size)
@@ -234,7 +235,7 @@ def trial(
     tries = [turn(subject, attacker, data, threat, *rest) for attacker in everybody]
     curve = curve_of(subject, data, threat, effort, tries, rest)
     checks = questions(subject, data, threat, effort, tries, curve, rest)
-    checks.append(constant(before, fingerprint(subject.thing)))
+    checks.append(constant(before, fingerprint(*parts)))
     spent = time.perf_counter() - started
     return Judgement(subject.name, data.name, threat, effort, seed, tuple(tries), curve, tuple(checks), spent)
 

@@ -9,7 +9,7 @@ __all__ = ['DECLARED', 'Threat', 'DefenceError', 'named', 'check_model_answer', 
 # %% ../../nbs/16_judge/00_subject.ipynb #c02
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -130,7 +130,7 @@ DECLARED = ("bare", "randomised", "not_differentiable", "score", "attackers")
 
 def declared(thing: object, given: Mapping) -> dict:
     "What is declared of a defence: by its attributes, and in the call, which wins. `DefenceError` for a wrong kind."
-    if unknown := sorted(set(given) - {f.name for f in fields(Subject)}):
+    if unknown := sorted(set(given) - {*DECLARED, "name"}):
         raise DefenceError(f"a defence declares {', '.join(DECLARED)}, got {unknown[0]!r}")
     found = {n: v for n in DECLARED if (v := getattr(thing, n, None)) is not None}
     found |= {n: v for n, v in given.items() if v is not None}
@@ -143,6 +143,8 @@ def declared(thing: object, given: Mapping) -> dict:
     if not isinstance(found.get("not_differentiable", {}), Mapping):
         raise DefenceError("not_differentiable must map names of steps to stand-ins, got "
                            f"{named(found['not_differentiable'])}")
+    if odd := [n for n in found.get("not_differentiable", {}) if not isinstance(n, str)]:
+        raise DefenceError(f"not_differentiable names a step {odd[0]!r}, expected the module's dotted name")
     return found
 
 # %% ../../nbs/16_judge/00_subject.ipynb #c18

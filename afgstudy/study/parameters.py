@@ -194,7 +194,7 @@ def parameters_in(
             f"{path.name}: the parameters cell is not Python: {e.msg} (line {e.lineno})"
         ) from None
     except StudyError as e:
-        raise StudyError(f"{path.name}: {e}".removeprefix(f"{path.name}: {path.name}")) from None
+        raise StudyError(f"{path.name}: {str(e).removeprefix(f'{path.name}: ')}") from None
     if unseen := [p.name for p in found if p.help is None]:
         raise StudyError(
             f"{path.name}: papermill does not see the parameter {unseen[0]!r}; it wants one '=' in its line "
@@ -321,7 +321,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten t
 
 def check_preset_name(preset: str) -> str:
     "The name of a preset, which is also a folder's; `StudyError` for one that would lead elsewhere."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", preset):
+    if not isinstance(preset, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", preset):
         raise StudyError(f"a preset is named with letters, digits, - and _ ('cpu'), got {preset!r}")
     return preset
 

@@ -67,7 +67,7 @@ def read_record(
         raise StudyError(f"{path} should be a record, and is a folder")
     try:
         record = json.loads(path.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise StudyError(f"{path} is not JSON: {e}") from e
     return check_record(record, str(path)) | {"folder": Path(folder)}
 
