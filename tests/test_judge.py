@@ -9,11 +9,12 @@ from torch import nn
 
 from afgstudy.data import Dataset, load
 from afgstudy.defence import Verdict
-from afgstudy.judge import DefenceError, Effort, Threat, judge, rows_of, subject_of
+from afgstudy.judge import DefenceError, Effort, Threat, judge, judged_once, rows_of, subject_of
 from afgstudy.judge import specimens as known
-from afgstudy.judge.attackers import HARMLESS, scaled_to
+from afgstudy.judge.attackers import HARMLESS, Attacker, scaled_to
 from afgstudy.judge.turns import AS_GIVEN, RATES, threshold_at
 from afgstudy.judge.words import made_by, plan_for, sentence_of, smallest_difference, verdict_of
+from afgstudy.store import Store
 from afgstudy.study.cli import main
 
 BRIEF = Effort(steps=10, restarts=1, auto_steps=2, queries=20, draws=5, samples=4, votes=3)
@@ -121,6 +122,47 @@ def test_two_defences_of_this_study_are_judged_as_they_are(digits, held_out):
     both = EnlargedTwoStream(net, net, identity_map(tuple("0123456789")), high_size=42, low_size=28)
     two = judge(both, few, THREAT, held_out=held_out, score=lambda x: -both.logits(x).amax(1), effort=BRIEF)
     assert set(two.settings) == {AS_GIVEN, *RATES}
+
+
+def test_a_module_that_a_defence_makes_on_the_way_is_no_changed_weight(digits):
+    from afgstudy.cafd import CAFD, Denoiser
+    from afgstudy.models import create
+    from afgstudy.trials import declared_by
+
+    net = create("pooled_cnn", classes=10, channels=1, size=28, width=8, seed=0).eval()
+    cafd = CAFD(net, Denoiser(channels=1, width=0.0625).eval())
+    found = judge(cafd, digits.take(slice(0, 4)), THREAT, effort=BRIEF, **declared_by(cafd))
+    assert states(found)["weights stay the same"] == "pass"
+    assert tried(found, "PGD past the clip") and tried(found, "PGD on the bare network")
+
+
+def test_attackers_of_a_defence_count_in_the_worst_case_and_inside_the_radius_only(digits):
+    def declared(subject, threat, effort):
+        near, far = (torch.zeros if k else torch.ones for k in (0, 1))
+        return [
+            Attacker("far", "white-box", lambda x, y, g: [far(x.shape)]),
+            Attacker("near", "white-box", lambda x, y, g: [(x + threat.eps * near(x.shape)).clamp(0, 1)]),
+        ]
+
+    few = digits.take(slice(0, 16))
+    found = judge(known.undefended(), few, THREAT, effort=BRIEF, attackers=declared)
+    assert not tried(found, "far").outcomes[AS_GIVEN].wrong.any()  # beyond the radius nothing counts
+    brighter = known.undefended()(few.images().add(THREAT.eps).clamp(0, 1)).argmax(1) != few.y
+    assert torch.equal(tried(found, "near").outcomes[AS_GIVEN].wrong, brighter)
+    assert (found.worst().wrong | ~brighter).all()
+    with pytest.raises(DefenceError, match="two attackers are named 'FGSM'"):
+        judge(known.undefended(), few, THREAT, attackers=lambda *_: [Attacker("FGSM", "white-box", None)])
+
+
+def test_a_trial_that_was_held_is_read_and_another_is_held(digits, tmp_path):
+    how = dict(effort=BRIEF, store=Store(tmp_path))
+    few, net = digits.take(slice(0, 4)), known.undefended()
+    first, again = (judged_once(net, few, THREAT, **how) for _ in range(2))
+    assert rows_of(first) == rows_of(again) and first.seconds == again.seconds
+    assert judged_once(net, few, THREAT, seed=1, **how).seconds != first.seconds
+    with torch.no_grad():
+        next(net.parameters()).mul_(1.01)
+    assert judged_once(net, few, THREAT, **how).seconds != first.seconds
 
 
 # a trial leaves no trace, and is the same twice
