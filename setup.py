@@ -48,7 +48,6 @@ setup(
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "hub", "ray", "dask")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
-        "afgstudy.engines": cfg["engines"].split(),
         "papermill.engine": cfg["papermill_engines"].split(),
     },
 )

@@ -628,6 +628,22 @@ def browser_page(site: Site, runs: list[Result]) -> str:
     return "results.md"
 
 
+def leaderboard_page(site: Site, runs: list[Result]) -> str:
+    "Write the leaderboard, with the published models as downloads."
+    import leaderboard
+
+    models = leaderboard.published_models(site.root)
+    for name, about in models.items():
+        here = [p for p in files(site.root / "data" / "models" / name, "*") if p.is_file()]
+        paths = [p.relative_to(site.root).as_posix() for p in here]
+        for path in paths:
+            carry(site, path)
+        about["links"] = [(PurePosixPath(p).name, relative(f"files/{p}", "leaderboard.md")) for p in paths]
+    summaries = [(r.preset, r.record, r.page) for r in runs if r.experiment.startswith("summary/")]
+    site.write("leaderboard.md", leaderboard.page(summaries, models))
+    return "leaderboard.md"
+
+
 def not_run(notebook: NotebookNode) -> None:
     "Say of a notebook without committed results that it has none."
     said = any(cell.get("outputs") for cell in notebook.cells)
@@ -669,6 +685,7 @@ def build(root: Path, to: Path) -> int:
     site.write("references.bib", (root / "docs" / "references.bib").read_bytes())
     site.write("bibliography.md", (root / "docs" / "bibliography.md").read_bytes())
     browser, api = browser_page(site, runs), reference_index(site, found)
+    board = leaderboard_page(site, runs)
     fronts = {
         room: write_room(site, room, notebooks, sources, runs, pages) for room, notebooks in rooms.items()
     }
@@ -676,7 +693,7 @@ def build(root: Path, to: Path) -> int:
     library_rooms = [front for room, front in fronts.items() if room not in (*PAPERS.values(), GUIDES)]
     guides = [site.shown_at[source] for source in rooms.get(GUIDES, [])]
     tocs = [
-        toctree("The study", [*pages.get("summary", []), browser]),
+        toctree("The study", [board, *pages.get("summary", []), browser]),
         toctree("The papers", papers),
         toctree("How to", guides),
         toctree("The library", [*library_rooms, api, *pages.get("benchmarks", [])]),

@@ -1,7 +1,12 @@
 """Engines: who runs the jobs. Those of Ray and Dask are real, on 127.0.0.1; without the package they are skipped."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,33 +24,53 @@ from pathlib import Path
 rows = [random.Random(f"{seed} {k}").random() for k in range(3)]
 Path(os.environ["AFGSTUDY_RUN_DIR"], "record.json").write_text(json.dumps({"seed": seed, "rows": rows}))
 """
+# Waits until it is told to go on, or to end; says who it is.
+WAITS = """
+import os, time
+with open("began", "a") as file:
+    print(os.getpid(), file=file)
+while not os.path.exists("go"):
+    time.sleep(0.1)
+"""
+PACKAGES = {"ray": "ray", "dask": "distributed"}
+
+
+def until(what, patience=60):
+    "Wait for something to be so."
+    end = time.monotonic() + patience
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def began() -> list[int]:
+    "The processes that have begun to wait."
+    return [int(pid) for pid in Path("began").read_text().split()] if Path("began").exists() else []
 
 
 # --- the interface ---
 
 
-def test_an_engine_is_asked_for_by_name_and_others_add_theirs(monkeypatch):
-    class Mine:
-        def __init__(self, jobs, address):
-            self.jobs, self.address = jobs, address
-
-    class Found:
-        name = "mine"
-
-        def load(self):
-            return Mine
-
-    class Missing:
-        name = "ray"
-
-        def load(self):
-            raise ModuleNotFoundError("No module named 'ray'", name="ray")
-
-    monkeypatch.setattr(engines.metadata, "entry_points", lambda group: [Found(), Missing()])
-    mine = engines.engine("mine", jobs=3, address="somewhere")
-    assert (mine.jobs, mine.address) == (3, "somewhere")
+def test_an_engine_is_asked_for_by_name_and_others_add_theirs(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    def __init__(self, jobs, address):\n        self.given = jobs, address\n"
+    )
+    about = tmp_path / "mine-0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[afgstudy.engines]\nmine = mine:Mine\nray = nothing:Here\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert engines.engine("mine", jobs=3, address="somewhere").given == (3, "somewhere")
     with pytest.raises(StudyError, match="did you mean 'mine'"):
         engines.engine("mina")
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StudyError, match=r"needs ray: pip install 'afgstudy\[ray\]'"):
         engines.engine("ray")
 
@@ -162,31 +187,131 @@ def test_without_forks_the_records_are_the_same(sandbox, monkeypatch):
 
 # --- Ray and Dask ---
 
-CLUSTERS = ["ray", "dask"]
+
+def submitted(engine) -> list:
+    "The futures of a cluster's tasks."
+    return list(engine.refs if isinstance(engine, engines.RayEngine) else engine.remotes)
 
 
 @pytest.fixture
 def cluster(request, sandbox, monkeypatch):
     "An engine with workers of its own, whose runs go to another folder than the driver's."
-    pytest.importorskip({"ray": "ray", "dask": "distributed"}[request.param])
+    pytest.importorskip(PACKAGES[request.param])
     monkeypatch.setenv("AFGSTUDY_EXPERIMENTS", str(sandbox.folder))
     monkeypatch.setenv("AFGSTUDY_RUNS", str(sandbox.root / "far"))
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    made = {"ray": engines.RayEngine, "dask": engines.DaskEngine}[request.param](jobs=2)
+    made = engines.engine(request.param, jobs=2)
     monkeypatch.delenv("AFGSTUDY_RUNS")
     yield made
     made.close()
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS, indirect=True)
+@pytest.mark.parametrize("cluster", PACKAGES, indirect=True)
 def test_a_cluster_gives_the_records_of_a_serial_run(sandbox, cluster):
-    for name in ("a/one", "a/two"):
-        sandbox.write(name, COUNTS)
+    "The digits too; a failure stops nobody; logs come back; the driver hears where the runs are."
+    settings = 'dataset: str = "digits"\nseed: int = 0'
+    sandbox.write("a/one", "import os\nos.write(1, b'hello')", COUNTS, parameters=settings)
+    sandbox.write("a/two", WAITS, COUNTS)
     sandbox.write("b/bad", "1 / seed", COUNTS)
-    serial = execute.execute_all(planning.plan(runs=sandbox.root / "serial"))
+    [one, *_] = planning.plan(["a/one"])
+    order = execute.order_of(one)
+    odd = replace(order, needs=order.needs | {"data": {"digits": "0"}, "modules": {"afgstudy.stats": "0"}})
+    refused = cluster.submit(execute.fulfil, odd, engines.Resources()).result(60)
+    assert refused.message.endswith("different are: data digits, modules afgstudy.stats")
+
+    heard = []
+
+    def listen():
+        "Let a/two go on when it has been heard of."
+        try:
+            until(lambda: heard.extend(map(cluster.progress, submitted(cluster))) or "a/two 4/5" in heard)
+        finally:
+            Path("go").touch()
+
+    threading.Thread(target=listen).start()
     far = execute.execute_all(planning.plan(), engine=cluster)
+    serial = execute.execute_all(planning.plan(runs=sandbox.root / "serial"))
     assert [o.state for o in far] == [o.state for o in serial] == ["done", "done", "failed"]
-    for one, other in zip(serial[:2], far[:2], strict=True):
+    for other, one in zip(far[:2], serial[:2], strict=True):
         assert str(other.job.folder).startswith(str(sandbox.runs))
         assert (one.job.folder / "record.json").read_bytes() == (other.job.folder / "record.json").read_bytes()
+    assert "hello" in (far[0].job.folder / "log.txt").read_text()
     assert "ZeroDivisionError: division by zero" in far[2].message
+    assert "a/two 4/5" in heard
+
+
+def command(*words: str) -> subprocess.Popen:
+    "The command `afgstudy`, with a process group of its own as a terminal gives it."
+    start = [sys.executable, "-c", "from afgstudy.study.cli import main; main()", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(start, start_new_session=True, text=True, **pipes)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_ctrl_c_ends_the_runs_of_a_cluster_within_ten_seconds(sandbox, name):
+    pytest.importorskip(PACKAGES[name])
+    sandbox.write("a/quick", COUNTS)
+    sandbox.write("b/slow", WAITS, COUNTS)
+    driver = command("run", "--all", "--engine", name, "-j", "2")
+    [quick] = planning.plan(["a/quick"])
+    until(lambda: (planning.finished(quick.folder) and began()) or driver.poll() is not None, 120)
+    assert [alive(pid) for pid in began()] == [True], driver.stdout.read()
+    time.sleep(1)  # the driver learns of the first
+    os.killpg(driver.pid, signal.SIGINT)
+    until(lambda: not any(map(alive, began())), 10)
+    said, _ = driver.communicate(timeout=30)
+    assert driver.returncode == 130 and "1 done, 1 interrupted" in said and "Traceback" not in said
+    assert "listen" not in said and not list(sandbox.runs.rglob("*.part"))
+
+
+def test_two_drivers_with_clusters_of_their_own_do_a_run_once(sandbox):
+    pytest.importorskip("distributed")
+    sandbox.write("toy", "import time\ntime.sleep(2)", sandbox.LIGHT)
+    drivers = [command("run", "toy", "--engine", "dask") for _ in range(2)]
+    said = [driver.communicate(timeout=120)[0] for driver in drivers]
+    assert [d.returncode for d in drivers] == [0, 0], said
+    assert sandbox.executed() == 1
+
+
+def test_a_node_of_ray_dies_and_the_records_are_those_of_a_serial_run(sandbox, monkeypatch):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("AFGSTUDY_EXPERIMENTS", str(sandbox.folder))
+    for name in ("a", "b"):
+        sandbox.write(f"toy/{name}", WAITS, COUNTS)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = nodes.add_node(num_cpus=1)
+
+    def kill_one():
+        "When both nodes are at work."
+        try:
+            until(lambda: len(began()) == 2)
+            nodes.remove_node(second, allow_graceful=False)
+            until(lambda: sum(map(alive, began())) == 1)
+        finally:
+            Path("go").touch()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        far = execute.execute_all(planning.plan(), engine=engines.RayEngine(address=nodes.address))
+    finally:
+        killer.join()
+        nodes.shutdown()
+    assert [o.state for o in far] == ["done", "done"] and len(began()) == 3
+    serial = execute.execute_all(planning.plan(runs=sandbox.root / "serial"))
+    for one, other in zip(serial, far, strict=True):
+        assert (one.job.folder / "record.json").read_bytes() == (other.job.folder / "record.json").read_bytes()
+
+
+def test_workers_of_dask_share_the_gpus_of_this_machine(monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setenv("AFGSTUDY_DEVICE", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    dask = engines.engine("dask", jobs=2)
+    try:
+        for count in (1, 2):  # never more than there are
+            futures = [dask.submit(os.getenv, "CUDA_VISIBLE_DEVICES", engines.Resources(gpus=count)) for _ in range(2)]
+            assert {f.result(60) for f in futures} <= {"4", "7"}
+    finally:
+        dask.close()

@@ -1,6 +1,8 @@
 """DeepFool, Carlini-Wagner and universal perturbations: their promises, parity with foolbox, their cost in passes."""
 
 import math
+import warnings
+from dataclasses import replace
 
 import foolbox
 import pytest
@@ -377,6 +379,26 @@ def test_carlini_keeps_an_image_it_cannot_fool():
 
     x = torch.rand(3, 1, 4, 4)
     assert torch.equal(QUICK(Constant(), x, torch.zeros(3, dtype=torch.int64)), x)
+
+
+def test_carlini_says_where_its_steps_cannot_reach():
+    "The network listens to one black pixel, from grey upwards: steps of 0.01 do not bring it there, steps of 0.2 do."
+
+    class Listens(nn.Module):
+        def forward(self, images):
+            pixel = images[:, 0, 0, 0]
+            return torch.stack([torch.full_like(pixel, 0.5), pixel], 1)
+
+    x, y = torch.full((2, 1, 2, 2), 0.6), torch.zeros(2, dtype=torch.int64)
+    x[:, 0, 0, 0] = 0
+    short = CarliniWagner(steps=100, search_steps=3, initial_c=1e4)
+    with pytest.warns(UserWarning, match="nothing for 2 of 2 images, and its 100 steps of 0.01 move w by at most 1,"):
+        assert torch.equal(short(Listens(), x, y), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = replace(short, step_size=0.2)(Listens(), x, y)
+        CarliniWagner(steps=2, search_steps=1)(Listens(), x[:, :, 1:, 1:], y)  # nothing black in it
+    assert (found[:, 0, 0, 0] > 0.5).all()
 
 
 def test_carlini_costs_one_forward_and_at_most_one_backward_row_a_step(trained):

@@ -7,6 +7,7 @@ __all__ = ['to_w', 'to_image', 'hinge_gradient', 'CarliniWagner', 'searched', 'd
 
 # %% ../../nbs/10_attacks/03_carlini.ipynb #c02
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +136,23 @@ def searched(attack: CarliniWagner, model: Model, x: Tensor, y: Tensor) -> Tenso
         best, distance, found = descend(attack, model, x, y, c, best, distance)
         low, high = torch.where(found, low, c), torch.where(found, c, high)
         c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
+    _say_if_short(attack, x, distance.isinf())
     return best
+
+# %% ../../nbs/10_attacks/03_carlini.ipynb #c13y
+def _say_if_short(attack: CarliniWagner, x: Tensor, missed: Tensor) -> None:
+    "Warn of images without success whose black or white pixels all steps of a round cannot turn grey."
+    travel = attack.steps * attack.step_size
+    if travel >= float(to_w(torch.zeros(())).abs()) or not missed.any():
+        return
+    far = to_w(x[missed]).flatten(1).abs().amax(1)
+    if short := int((far > travel).sum()):
+        warnings.warn(
+            f"CarliniWagner found nothing for {short} of {len(x)} images, and its {attack.steps} steps of "
+            f"{attack.step_size:g} move w by at most {travel:g}, where a black or white pixel needs up to "
+            f"{float(far.max()):.2g} to become grey: raise step_size (0.1) or steps before calling them robust",
+            stacklevel=5,
+        )
 
 # %% ../../nbs/10_attacks/03_carlini.ipynb #c15p
 def _stepped(

@@ -26,12 +26,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 import afgstudy
-from ..engines import Engine, Local, Resources, own_gpus, stopping
+from ..engines import Engine, Local, Resources, own_gpus, saying, stopped
 from ..keys import StudyError, device_kind, differences, fsync, write_whole
+from ..locks import lock_for
 from .planning import Job, finished, job_here, progress_of
 from .warm import Handle, Stock, possible
 
@@ -105,7 +106,7 @@ def environment(job: Job) -> dict[str, str]:
     return dict(os.environ) | dict.fromkeys(caps, str(job.threads or cores())) | _search_path() | own | gpus
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex15
-_now = threading.Event()  # set by a second Ctrl-C; the first sets `stopping`
+_now = threading.Event()  # set by a second Ctrl-C; the first stops the tasks
 
 
 def _end(process: subprocess.Popen | Handle, patience: float = 10) -> None:
@@ -154,7 +155,7 @@ def _start(job: Job, log: Any) -> subprocess.Popen | Handle:
     place = {"environment": environment(job), "folder": job.project}
     if possible():
         stock = _stock(place["environment"], sorted(_wanted.union(job.needs.get("modules", {}))))
-        if stock.ready(stopping.is_set):
+        if stock.ready(stopped):
             with suppress(OSError):
                 return stock.fork(part=str(job.part), log=log.name, **place)
     command = [sys.executable, "-c", "from afgstudy.study.worker import work; work()", str(job.part)]
@@ -169,7 +170,7 @@ def attend(job: Job) -> tuple[str, str]:
         process = _start(job, log)
     deadline = time.monotonic() + job.timeout if job.timeout else float("inf")
     try:
-        while process.poll() is None and not stopping.is_set() and time.monotonic() < deadline:
+        while process.poll() is None and not stopped() and time.monotonic() < deadline:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
         code = process.poll()
@@ -181,7 +182,7 @@ def attend(job: Job) -> tuple[str, str]:
 def _verdict(job: Job, code: int | None) -> tuple[str, str]:
     "What a worker's exit status means; None for a worker that was stopped."
     if code is None:
-        return ("interrupted", "") if stopping.is_set() else ("failed", f"timed out after {job.timeout:g} s")
+        return ("interrupted", "") if stopped() else ("failed", f"timed out after {job.timeout:g} s")
     if code == 0:
         return "done", ""
     with suppress(OSError, IndexError):
@@ -260,8 +261,8 @@ def _present(job: Job) -> bool:
 @contextmanager
 def _locked(job: Job) -> Iterator[bool]:
     "Hold the lock of a run; False if stopped while another runner had it."
-    lock = FileLock(job.folder.with_name(f".{job.folder.name}.lock"))
-    while not stopping.is_set():
+    lock = lock_for(job.folder.with_name(f".{job.folder.name}.lock"))
+    while not stopped():
         try:
             lock.acquire(timeout=0.5)
         except Timeout:
@@ -311,6 +312,27 @@ def order_of(job: Job) -> Order:
     settings = {"threads": job.threads, "timeout": job.timeout, "force": job.force}
     return Order(job.experiment, job.preset, job.parameters, job.needs, settings)
 
+# %% ../../nbs/60_study/04_execute.ipynb #ex27e
+@contextmanager
+def _telling(job: Job) -> Iterator[None]:
+    "Say to the engine, twice a second, in which cell the run of a job is."
+    say, ended = saying.get(), threading.Event()
+
+    def tell() -> None:
+        last = ""
+        while not ended.wait(0.5):
+            if (at := progress_of(job)) and at != last:
+                say(at)
+                last = at
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
 # %% ../../nbs/60_study/04_execute.ipynb #ex27ba
 def fulfil(order: Order) -> Outcome:
     "Run an order on this machine; refuse it where code, data, versions or device are not those of the sender."
@@ -323,7 +345,8 @@ def fulfil(order: Order) -> Outcome:
         return Outcome(job, "failed", f"{where}: {job.problem}")
     if changed := differences(order.needs, job.needs):
         return Outcome(job, "failed", f"{where} would compute something else, different are: {', '.join(changed)}")
-    outcome = run(job)
+    with _telling(job):
+        outcome = run(job)
     left = [p for p in job.folder.rglob("*") if p.is_file()] if outcome.state != "interrupted" else []
     return replace(outcome, files={p.relative_to(job.folder).as_posix(): p.read_bytes() for p in left})
 
@@ -331,18 +354,25 @@ def fulfil(order: Order) -> Outcome:
 def receive(job: Job, outcome: Outcome) -> Outcome:
     "Put what a run on another machine left where it belongs on this one, unless the folder is shared."
     files, outcome = outcome.files, replace(outcome, job=job, files={})
-    if files and not (outcome.ok and finished(job.folder)):
-        job = replace(job, attempt=secrets.token_hex(4))
-        for name, content in files.items():
-            write_whole(job.part / name, content)
-        if outcome.ok:
-            sync_tree(job.part)
-            take_place(job)
-            point_latest(job)
-        else:
-            keep_failure(job, outcome.message)
-            shutil.rmtree(job.part, ignore_errors=True)
+    if files:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(job):  # another driver may receive the same run
+            if not (outcome.ok and finished(job.folder)):
+                _put(replace(job, attempt=secrets.token_hex(4)), files, outcome)
     return outcome
+
+
+def _put(job: Job, files: dict[str, bytes], outcome: Outcome) -> None:
+    "Write what came and put it in its place, whole."
+    for name, content in files.items():
+        write_whole(job.part / name, content)
+    if outcome.ok:
+        sync_tree(job.part)
+        take_place(job)
+        point_latest(job)
+    else:
+        keep_failure(job, outcome.message)
+        shutil.rmtree(job.part, ignore_errors=True)
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex29
 class Interrupted(KeyboardInterrupt):
@@ -369,7 +399,13 @@ def _settle(futures: dict[Future, Job], engine: Engine) -> None:
             _now.set()
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex29a
-def _await(futures: dict[Future, Job], outcomes: dict[Future, Outcome], report: Callable) -> None:
+def _where(future: Future, job: Job, engine: Engine) -> str:
+    "In which cell a run is: what the engine has heard, or what its folder on this machine says."
+    hear = getattr(engine, "progress", lambda future: "")
+    return (hear(future) if not engine.here else "") or progress_of(job)
+
+
+def _await(futures: dict[Future, Job], outcomes: dict[Future, Outcome], report: Callable, engine: Engine) -> None:
     "Fill `outcomes` as the futures end; a bar for the whole names what is running and where it is."
     pending = set(futures)
     with tqdm(total=len(futures), unit="run", disable=None, leave=False) as bar:
@@ -381,7 +417,7 @@ def _await(futures: dict[Future, Job], outcomes: dict[Future, Outcome], report: 
                     report(outcomes[f])
                 bar.update()
             if not bar.disable:
-                bar.set_postfix_str(", ".join(filter(None, (progress_of(futures[f]) for f in pending))))
+                bar.set_postfix_str(", ".join(filter(None, (_where(f, futures[f], engine) for f in pending))))
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex31
 def needs_of_machine(job: Job) -> Resources:
@@ -390,9 +426,14 @@ def needs_of_machine(job: Job) -> Resources:
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex31a
 def _submit(job: Job, engine: Engine) -> Future:
-    "Hand a job to an engine: as it is on this machine, as an order to any other."
-    task, argument = (run, job) if engine.here else (fulfil, order_of(job))
-    return engine.submit(task, argument, needs_of_machine(job))
+    "Hand a job to an engine: as it is on this machine, as an order to any other, which is not asked for what is there."
+    if engine.here:
+        return engine.submit(run, job, needs_of_machine(job))
+    if not (job.problem or _present(job)):
+        return engine.submit(fulfil, order_of(job), needs_of_machine(job))
+    known: Future = Future()
+    known.set_result(run(job))
+    return known
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex31a1
 def _after_ctrl_c(futures: dict[Future, Job], outcomes: dict[Future, Outcome], engine: Engine) -> list[Outcome]:
@@ -420,7 +461,7 @@ def execute_all(
     outcomes: dict[Future, Outcome] = {}
     try:
         futures.update((_submit(j, engine), j) for j in jobs)
-        _await(futures, outcomes, report)
+        _await(futures, outcomes, report, engine)
     except KeyboardInterrupt:
         raise Interrupted(_after_ctrl_c(futures, outcomes, engine)) from None
     finally:

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from afgstudy.keys import (
     StudyError,
@@ -41,6 +41,7 @@ from afgstudy.keys import (
     source_checksums,
     write_whole,
 )
+from ..locks import lock_for
 from afgstudy.study.parameters import (
     Cell,
     Notebook,
@@ -367,7 +368,7 @@ def progress_of(job: Job) -> str:
 def is_locked(job: Job) -> bool:
     "Whether a runner is at work on this job."
     try:
-        with FileLock(job.folder.with_name(f".{job.folder.name}.lock")).acquire(timeout=0):
+        with lock_for(job.folder.with_name(f".{job.folder.name}.lock")).acquire(timeout=0):
             return False
     except Timeout:
         return True
