@@ -261,7 +261,7 @@ def holds_only_settings(source: str) -> bool:
 
 
 # A ratchet: today's state of the export cells, towards a median of 15 lines and none over 40. Both may only fall.
-MEDIAN_LINES, CELLS_OVER_40 = 14, 16
+MEDIAN_LINES, CELLS_OVER_40 = 14, 14
 
 
 def test_export_cells_are_short(project):
