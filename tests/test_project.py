@@ -231,12 +231,16 @@ BARE = """
 import importlib, sys
 import afgstudy
 
-class Blocked:
+class Hiding:
+    # a finder that does not see what the extras bring
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in afgstudy.EXTRAS:
-            return afgstudy._Extras.find_spec(name) or (_ for _ in ()).throw(ModuleNotFoundError(name, name=name))
+        return None if name.partition(".")[0] in afgstudy.EXTRAS else self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Blocked())
+sys.meta_path[:] = [f if f is afgstudy._Extras else Hiding(f) for f in sys.meta_path]
 for room in "keys store device passes data networks models defence training attacks".split():
     importlib.import_module(f"afgstudy.{room}")
 from afgstudy.attacks import PGD
