@@ -30,6 +30,7 @@ from afgstudy.cafd import (
     PurifierRecipe,
     TotalVariation,
     fit_purifier,
+    training,
     unseen_attacks,
 )
 from afgstudy.cafd.attack import scaled
@@ -37,8 +38,12 @@ from afgstudy.cafd.baselines import divergence, forward_difference, method_named
 from afgstudy.cafd.features import digits_target, feature_layer, map_distance
 from afgstudy.cafd.losses import LOSSES, ordinary, relativistic
 from afgstudy.cafd.protocol import (
+    RUNGS,
     Workshop,
+    answers_rightly,
+    attacked_in_parts,
     conclusion,
+    ladder,
     relative_change,
     split_target,
     survives_adaptive,
@@ -57,7 +62,7 @@ from afgstudy.study.experiment import look_up, published
 from afgstudy.study.parameters import full_parameters
 from afgstudy.training import copy_state
 
-EXPERIMENTS = ("unseen", "transfer", "ablation", "adaptive", "epsilon", "maps", "amplification")
+EXPERIMENTS = ("unseen", "transfer", "ablation", "adaptive", "epsilon", "maps", "amplification", "ladder")
 QUICK = PurifierRecipe(epochs=2, batch_size=20, milestones=(1,), discriminator_width=1 / 8)
 
 
@@ -701,6 +706,45 @@ def test_other_seeds_are_other_trainings(digits, pairs, tmp_path):
     )
     first, same, other = (shop.denoiser(target, "MSE", pairs, seed=s) for s in (None, QUICK.seed, 1))
     assert state_digest(first) == state_digest(same) != state_digest(other)
+
+
+def test_large_sets_are_attacked_in_parts_that_are_kept(digits, tmp_path):
+    model, _, test = digits
+    attack, few, store = PGD(eps=0.1, step_size=0.05, steps=2), test.take(slice(0, 7)), Store(tmp_path)
+    attacked_in_parts(attack, model, few.take(slice(0, 3)), part=3, store=store)  # as far as a killed run came
+    x, parts = attacked_in_parts(attack, model, few, part=3, store=store)
+    assert x.shape == few.images().shape and len(store.ls()) == len({a.key for a in parts}) == 3
+    twins = few.take([0, 0])
+    same, _ = attacked_in_parts(attack, model, twins, part=1, store=store)
+    assert not torch.equal(same[0], same[1])  # each part has random starts of its own
+
+
+def test_a_training_stops_where_the_validation_loss_is_flat(digits, pairs, monkeypatch):
+    model, *_ = digits
+    data, images = digits[1], pairs
+    losses = iter([1.0, 0.9, 0.899, 0.898, 0.5])
+    monkeypatch.setattr(training, "validation_loss", lambda *_: next(losses))
+    recipe = PurifierRecipe(epochs=5, batch_size=20, patience=2, discriminator_width=1 / 8)
+    history = fit_purifier(Denoiser(1, 1 / 16), model, data, images, recipe=recipe, validation=(data, images))
+    assert [row["validation"] for row in history] == [1.0, 0.9, 0.899, 0.898]
+    with pytest.raises(ValueError, match="patience=2 needs validation images"):
+        fit_purifier(Denoiser(1, 1 / 16), model, data, images, recipe=recipe)
+
+
+def test_the_ladder_s_rungs_are_attacks_on_what_is_known(digits, tmp_path):
+    _, train, test = digits
+    recipe = PurifierRecipe(epochs=1, batch_size=20, discriminator_width=1 / 8)
+    shop = Workshop(train, 40, 0.1, 0.05, 2, recipe, 1 / 16, target_recipe("small", 1), store=Store(tmp_path))
+    target, few, attack = shop.target("pooled_cnn:8"), test.take(slice(0, 20)), PGD(eps=0.1, step_size=0.05, steps=4)
+    found = ladder(shop, target, "CAFD", attack, few)
+    assert tuple(found) == RUNGS and all(survived.shape == (20,) for survived in found.values())
+    defence, other = shop.defence(target, "CAFD"), shop.defence(target, "CAFD:1")
+    assert state_digest(defence.purifier) != state_digest(other.purifier)
+    by_hand = answers_rightly(defence, attacked(attack, other.pipeline, few), few.y)
+    assert torch.equal(found["another denoiser"], by_hand)
+    assert tuple(ladder(shop, target, "TV", attack, few)) == (RUNGS[0], RUNGS[3])
+    with pytest.raises(ValueError, match="'CAFD:x'"):
+        shop.defence(target, "CAFD:x")
 
 
 # --- the experiments ---

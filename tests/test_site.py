@@ -129,6 +129,81 @@ def test_results_browser_holds_every_committed_row(project, site):
     )  # without scripts too
 
 
+def summary_record(**methods: tuple[float, float]) -> dict:
+    "A record of the summary with these defences: clean accuracy and the adaptive one."
+    rows = []
+    for method, (clean, adaptive) in methods.items():
+        of = dict(dataset="mnist", method=method, published=None, n=100, seed=0, unit="%")
+        rows += [dict(of, attack="clean", metric="right", measured=clean, low=clean - 5, high=min(100, clean + 5))]
+        rows += [dict(of, attack="adaptive", metric="right", measured=adaptive, low=None, high=None)]
+        rows += [dict(of, attack="clean", metric="rejected", measured=7.0, low=3.0, high=12.0)]
+        rows += [dict(of, attack="clean", metric="passes an image", measured=2.0, low=None, high=None, unit="passes")]
+    flagged = dict(dataset="mnist", method="CAFD", attack="AutoAttack", accuracy={}, components=[], flags=["stuck"])
+    said = {"parameters": {"eps": 0.2, "network": "pooled_cnn"}}
+    return dict(experiment="summary/defences", preset="cpu", rows=rows, attacks=[flagged], provenance=said)
+
+
+def published_model(record: str, **changes) -> dict:
+    "What an index says of a model."
+    accuracy = dict(accuracy=98.0, low=93.0, high=99.0, n=100, rejected=0.0)
+    attack = dict(accuracy, accuracy=73.0, attack="PGD-100", norm="linf", eps=0.3, flags=[])
+    networks = {"model": {"type": "Classifier", "name": "lenet5"}}
+    file = dict(sha256="0" * 64, bytes=1_500_000)
+    data = dict(name="mnist", split="test")
+    about = dict(title="AALP on MNIST", dataset=data, clean=accuracy, attacked=attack, networks=networks, file=file)
+    return about | dict(record=record, licence="Apache-2.0", **changes)
+
+
+def test_leaderboard_ranks_by_what_an_informed_attacker_leaves(stage):
+    import leaderboard
+
+    record = summary_record(none=(99, 0), CAFD=(98, 5), AALP=(97, 96))
+    models = {
+        "aalp-mnist": published_model("cpu/summary/defences"),
+        "aalp-large": published_model("cpu/aalp/table2"),
+    }
+    few, large = leaderboard.boards([("cpu", record, "summary.ipynb")], models)
+    assert few.title == "MNIST, L-infinity, eps 0.2" and large.title == "MNIST, L-infinity, eps 0.3"
+    assert [(place, e.defence) for place, e in few.ranked()] == [("1", "AALP"), ("2", "CAFD"), ("–", "none")]
+    first, second = (e for _, e in few.ranked()[:2])
+    assert first.models == ["aalp-mnist"] and first.flags == "none" and second.flags == "stuck"
+    assert first.clean == "97 [92, 100]" and first.rejected == "7 [3, 12]" and first.cost == "2 passes"
+    assert [e.models for e in large.entries] == [["aalp-large"]] and "PGD-100" in large.entries[0].adaptive
+    text = leaderboard.page([("cpu", record, "summary.ipynb")], models)
+    assert "## MNIST, L-infinity, eps 0.2" in text and "[aalp-mnist](#model-aalp-mnist)" in text
+    assert "None is in this checkout" in leaderboard.page([], {})
+
+
+def test_leaderboard_shows_every_defence_of_every_summary(project, site):
+    text = (site / "leaderboard.html").read_text()
+    for file in project.glob("data/results/*/summary/defences/record.json"):
+        record = json.loads(file.read_text())
+        for method in {r["method"] for r in record["rows"]} - {"none"}:
+            assert f"<td><p>{method}</p></td>" in text, (file, method)
+        assert "eps " in text and "L-infinity" in text
+
+
+def test_a_paper_page_begins_with_its_answer(project, site):
+    for room in ("20_aalp", "30_two_stream", "40_cafd", "50_afg"):
+        text = (site / room / "index.html").read_text()
+        box = text.index("The answer")
+        assert "verdict" in text[box - 200 : box] and box < text.index("<h2"), room
+
+
+def test_guides_open_in_colab_where_their_first_cell_installs(project, site):
+    for source in sorted((project / "nbs" / "70_howto").glob("*.ipynb")):
+        text = (site / "70_howto" / f"{source.stem}.html").read_text()
+        assert f"/blob/main/nbs/70_howto/{source.name}" in text and "Edit this page" in text, source.name
+        first = next(c for c in json.loads(source.read_text())["cells"] if c["cell_type"] == "code")
+        assert "pip install" in "".join(first["source"]), source.name
+
+
+def test_install_page_names_every_extra(project, site):
+    text = (site / "install.html").read_text()
+    for extra in ("study", "attacks", "plots", "hub", "ray", "dask"):
+        assert f">{extra}</span>" in text, extra
+
+
 # --- in a browser ---------------------------------------------------------------------------------
 
 
@@ -148,6 +223,7 @@ def test_pages_log_no_error_and_load_nothing_from_elsewhere(browser: Browser, si
     for page in (
         "index.html",
         "results.html",
+        "leaderboard.html",
         "10_attacks/01_gradient.html",
         "api/afgstudy.attacks.gradient.html",
     ):
@@ -226,7 +302,7 @@ def test_results_fit_the_window_and_keep_their_header(browser: Browser, site, wi
 
 
 def test_a_phone_can_read_it_and_dark_is_dark(browser: Browser, site):
-    for page in ("index.html", "results.html", "10_attacks/01_gradient.html"):
+    for page in ("index.html", "results.html", "leaderboard.html", "10_attacks/01_gradient.html"):
         browser.open(address(site, page), width=400)
         assert browser.value("document.documentElement.scrollWidth") <= 400, page
     light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"

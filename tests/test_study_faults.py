@@ -147,6 +147,24 @@ def test_ctrl_c_leaves_what_is_finished_and_nothing_half_done(sandbox):
     assert "1 done, 1 finished earlier" in sandbox("run --all") and sandbox.executed() == 2
 
 
+def test_a_second_ctrl_c_is_as_harmless_as_the_first(sandbox):
+    sandbox.write("a/quick", sandbox.LIGHT)
+    sandbox.write("b/waits", WAITS, sandbox.LIGHT)
+    process = start("run", "--all")
+    kernel = int(until(lambda: Path("kernel").exists() and Path("kernel").read_text()))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode in (130, -signal.SIGINT), said
+    assert "Traceback" not in said
+    until(lambda: not alive(kernel), 60)
+    assert [line.split()[2] for line in sandbox("status").splitlines()[1:]] == ["done", "never"]
+    Path("go").touch()
+    assert "1 done, 1 finished earlier" in sandbox("run --all") and sandbox.executed() == 2
+    assert leftovers(sandbox.runs) == []
+
+
 def test_kill_9_of_the_runner_takes_its_kernels_along_and_a_new_one_goes_on(sandbox):
     sandbox.write("toy", WAITS, sandbox.LIGHT)
     process = start("run", "toy")

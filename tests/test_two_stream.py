@@ -66,7 +66,7 @@ from afgstudy.two_stream.protocol import (
     verdict_rates,
 )
 from afgstudy.two_stream.reputation import counting, mixed, rates, transition, wrong_answers
-from afgstudy.two_stream.views import views
+from afgstudy.two_stream.views import balanced_views, views
 
 EPS = 8 / 255
 
@@ -732,6 +732,13 @@ def test_the_further_training_changes_the_small_network_once_and_is_kept(tmp_pat
     assert [all(torch.equal(a, b) for a, b in pair) for pair in pairs] == [True, False]
 
 
+def test_every_category_has_as_many_views():
+    data = load("shapes", "train", n=30, size=48)
+    even = balanced_views(data, 4)
+    assert even.y.bincount(minlength=10)[data.y.unique()].unique().tolist() == [4] and even.shape == (3, 32, 32)
+    assert torch.equal(even.x, balanced_views(data, 4).x)
+
+
 def test_views_of_an_image_are_squares_of_it():
     data = load("shapes", "train", n=3, size=64)
     whole = views(data, 1, zoom=(1, 1), blur=0.0, size=64)
@@ -756,6 +763,7 @@ def test_cross_fitting_judges_every_image_by_a_network_that_has_not_seen_it(monk
         return lambda x: x.flatten(1)[:, :10]
 
     monkeypatch.setattr(module, "trained_network", spy)
+    monkeypatch.setattr(module, "balanced_views", lambda data, each, seed: data)
     logits = cross_fitted(lambda: None, shrunk, others, Recipe(epochs=1), folds=3)
     assert torch.equal(logits, shrunk.images().flatten(1)[:, :10])
     left_out = [i for d in trained_on for i in range(10) if not any(torch.equal(shrunk.x[i], x) for x in d.x)]

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'PurifierRecipe', 'Players', 'purifier_step', 'discriminator_step', 'run_purifier_epoch', 'purifier_spec',
-           'check_purifier_task', 'adam', 'make_players', 'with_rate', 'players_state', 'fit_purifier',
-           'build_purifier', 'fitted_purifier']
+           'check_purifier_task', 'adam', 'make_players', 'with_rate', 'players_state', 'validation_loss', 'is_flat',
+           'check_patience', 'fit_purifier', 'build_purifier', 'fitted_purifier']
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c02
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from ..data import Dataset
 from ..device import generator_for
 from ..kept import make_once
 from ..keys import canonical, state_digest, tensor_digest
+from ..passes import in_mode
 from ..store import NOWHERE, Artifact, Store
 from ..training import copy_state, read_checkpoint, write_checkpoint
 
@@ -45,6 +46,7 @@ class PurifierRecipe:
     weight_decay: float = 2e-4
     renew: bool = True  # a new Adam in every epoch
     discriminator_width: float = 1.0
+    patience: int = 0  # epochs in which the validation loss must fall by 1%, or training stops; 0: all epochs
     seed: int = 0
 
     def __post_init__(self):
@@ -53,6 +55,8 @@ class PurifierRecipe:
         for name in ("epochs", "batch_size", "lr", "gamma", "discriminator_width"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        if self.patience < 0:
+            raise ValueError(f"patience must be >= 0, got {self.patience!r}")
 
     def rate(self, epoch: int) -> float:
         "The learning rate of an epoch, counted from 0."
@@ -133,7 +137,7 @@ def run_purifier_epoch(
     return means
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c12
-def purifier_spec(purifier, target, data, attacked_images, loss, recipe) -> dict:
+def purifier_spec(purifier, target, data, attacked_images, loss, recipe, validation=None) -> dict:
     "All that decides the result of a purifier's training, as JSON."
     stored = isinstance(attacked_images, Tensor)
     return {
@@ -143,6 +147,7 @@ def purifier_spec(purifier, target, data, attacked_images, loss, recipe) -> dict
         "attacked": tensor_digest(attacked_images) if stored else canonical(attacked_images),
         "loss": canonical(loss),
         "recipe": canonical(recipe),
+        "validation": validation and [validation[0].checksum, tensor_digest(validation[1])],
     }
 
 # %% ../../nbs/40_cafd/04_training.ipynb #c12a
@@ -200,6 +205,45 @@ def players_state(players: Players) -> dict:
         state["its_optimiser"] = players.its_optimiser.state_dict()
     return state
 
+# %% ../../nbs/40_cafd/04_training.ipynb #v01
+@torch.no_grad()
+def validation_loss(
+    purifier: nn.Module,
+    read: ClassActivation,  # of the frozen target
+    loss: PurifierLoss,
+    data: Dataset,  # clean images
+    attacked_images: Tensor,  # [N, C, H, W] of the same images
+    batch_size: int = 256,
+) -> float:
+    "The mean loss, without the game, on images that the purifier is not trained on."
+    calm, total = replace(loss, adversarial=0.0), 0.0
+    with in_mode(purifier, "eval"):
+        for index in torch.arange(len(data), device=data.device).split(batch_size):
+            x, purified = data.images(index), purifier(attacked_images[index])
+            seen = (read(purified), read(x)) if calm.needs_target else None
+            value, _ = calm(purified, x, seen, read.head.weight if calm.soft else None)
+            total += value.item() * len(index)
+    return total / len(data)
+
+
+def is_flat(
+    history: list[dict[str, float]],  # rows with the key "validation"
+    patience: int,  # epochs; 0: never
+    least: float = 0.01,  # share by which the loss must fall in that time
+) -> bool:
+    "Whether the validation loss has all but stopped falling."
+    losses = [row["validation"] for row in history] if patience else []
+    return len(losses) > patience and min(losses[-patience:]) > (1 - least) * min(losses[:-patience])
+
+
+def check_patience(loss: PurifierLoss, recipe: PurifierRecipe, validation: object) -> None:
+    "Raise unless there is something that patience can look at."
+    if recipe.patience and (validation is None or not (loss.needs_target or loss.pixels)):
+        raise ValueError(
+            f"patience={recipe.patience} needs validation images and a loss beside the game, got "
+            f"{'none' if validation is None else len(validation[0])} images and {loss}"
+        )
+
 # %% ../../nbs/40_cafd/04_training.ipynb #c14a
 def fit_purifier(
     purifier: nn.Module,  # images -> images; trained in place
@@ -210,11 +254,13 @@ def fit_purifier(
     recipe: PurifierRecipe = PAPER,
     checkpoint: str | Path | None = None,  # a file; an interrupted training goes on from there
     progress: bool = False,  # a bar over the epochs
+    validation: tuple[Dataset, Tensor] | None = None,  # clean and attacked images that `patience` looks at
 ) -> list[dict[str, float]]:  # one row an epoch
     "Train `purifier` in place and return the history of its loss; it ends in eval mode."
     purifier.to(data.device)
     check_purifier_task(purifier, data, attacked_images)
-    spec = purifier_spec(purifier, target, data, attacked_images, loss, recipe)
+    check_patience(loss, recipe, validation)
+    spec = purifier_spec(purifier, target, data, attacked_images, loss, recipe, validation)
     players, history = make_players(purifier, data, loss, recipe), []
     path = Path(checkpoint) if checkpoint else None
     if path and (state := read_checkpoint(path, spec)):
@@ -226,9 +272,13 @@ def fit_purifier(
         read = ClassActivation(target, loss.point)
         epochs = range(len(history), recipe.epochs)
         for epoch in tqdm(epochs, initial=len(history), total=recipe.epochs, disable=not progress):
+            if is_flat(history, recipe.patience):
+                break
             players, started = with_rate(players, recipe, epoch), time.perf_counter()
             purifier.train()
             row = run_purifier_epoch(players, read, data, attacked_images, loss, recipe, epoch)
+            if validation is not None:
+                row["validation"] = validation_loss(purifier, read, loss, *validation)
             history.append({"epoch": epoch, **row, "seconds": time.perf_counter() - started})
             if path:
                 state = {
@@ -257,12 +307,14 @@ def fitted_purifier(
     momentum: float = 0.9,  # of its batch normalisation
     progress: bool = False,
     store: Store = NOWHERE,
+    validation: tuple[Dataset, Tensor] | None = None,  # as for `fit_purifier`
 ) -> tuple[Denoiser, Artifact]:  # the denoiser in eval mode, and what was kept, with extra["history"]
     "The denoiser that this description leads to: from the store, else trained now."
     denoiser = Denoiser(data.shape[0], width, momentum, recipe.seed).to(data.device)
-    spec = purifier_spec(denoiser, target, data, attacked_images, loss, recipe)
+    spec = purifier_spec(denoiser, target, data, attacked_images, loss, recipe, validation)
     spec |= {"width": width, "momentum": momentum, "device": data.device.type}
-    run = partial(fit_purifier, denoiser, target, data, attacked_images, loss, recipe, progress=progress)
+    run = partial(fit_purifier, denoiser, target, data, attacked_images, loss, recipe)
+    run = partial(run, progress=progress, validation=validation)
     code = (fit_purifier, denoiser, target, attacked_images)
     artifact = make_once("purifier", spec, partial(build_purifier, run, denoiser), code, store)
     denoiser.load_state_dict(artifact.tensors)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHADES', 'LADDER', 'ENOUGH', 'LEAST', 'smallest_difference', 'longer_run', 'counting', 'verdict_of', 'sentence_of',
-           'bars', 'figure_of', 'cheapest', 'cheapest_figure', 'module_at', 'made_by', 'passes_for', 'seconds_a_pass',
-           'plan_for']
+           'stacked', 'bars', 'figure_of', 'beside_figure', 'cheapest', 'cheapest_figure', 'module_at', 'made_by',
+           'passes_for', 'seconds_a_pass', 'plan_for']
 
 # %% ../../nbs/16_judge/05_words.ipynb #c02
 import importlib
@@ -85,18 +85,25 @@ def sentence_of(judgement: Judgement) -> str:
 SHADES = {"right": "#0072B2", "rejected": "#BBBBBB", "wrong": "#D55E00"}
 
 # %% ../../nbs/16_judge/05_words.ipynb #c11a
-def bars(ax: plt.Axes, judgement: Judgement) -> None:
-    "Right, rejected and wrong for each attacker; the worst case at the bottom."
-    lines = {t.name: t.outcomes[AS_GIVEN] for t in judgement.tries} | {"worst case": judgement.worst()}
+def stacked(ax: plt.Axes, lines: dict[str, dict[str, float]]) -> None:
+    "One bar a line, from the percentages of right, rejected and wrong answers; the first line on top."
     left = [0.0] * len(lines)
     for part, shade in SHADES.items():
-        shares = [100 * float(getattr(o, part).float().mean()) for o in lines.values()]
+        shares = [parts.get(part, 0.0) for parts in lines.values()]
         ax.barh(list(lines), shares, left=left, color=shade, height=0.8, label=part)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     ax.invert_yaxis()
-    ax.set(xlim=(0, 100), xlabel=f"share of {judgement.n} images, % ({judgement.threat})")
+    ax.set(xlim=(0, 100))
     ax.grid(visible=False)
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def bars(ax: plt.Axes, judgement: Judgement) -> None:
+    "Right, rejected and wrong for each attacker; the worst case at the bottom."
+    lines = {t.name: t.outcomes[AS_GIVEN] for t in judgement.tries} | {"worst case": judgement.worst()}
+    percent = {n: {k: 100 * float(v.float().mean()) for k, v in o._asdict().items()} for n, o in lines.items()}
+    stacked(ax, percent)
+    ax.set_xlabel(f"share of {judgement.n} images, % ({judgement.threat})")
 
 # %% ../../nbs/16_judge/05_words.ipynb #c11a1
 def figure_of(judgement: Judgement) -> Figure:
@@ -106,6 +113,15 @@ def figure_of(judgement: Judgement) -> Figure:
     curve = {0.0: judgement.tries[0].held()} | judgement.curve
     axes[1].plot(list(curve), [100 * float(held.float().mean()) for held in curve.values()], "o-", color="#0072B2")
     axes[1].set(ylim=(-3, 103), xlabel=f"{judgement.threat.norm} radius", ylabel="images held, %")
+    return fig
+
+# %% ../../nbs/16_judge/05_words.ipynb #c11c
+def beside_figure(worst: dict[str, dict[str, float]]) -> Figure:
+    "The worst case of several defences, percentages of right, rejected and wrong by name; the first is set off."
+    fig, ax = plt.subplots(figsize=(6.5, 0.9 + 0.38 * len(worst)), layout="constrained")
+    stacked(ax, worst)
+    ax.get_yticklabels()[0].set_fontweight("bold")
+    ax.set_xlabel("share of the test images in the worst case, %")
     return fig
 
 # %% ../../nbs/16_judge/05_words.ipynb #c11a2

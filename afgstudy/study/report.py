@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,9 @@ def markdown_table(rows: list[dict]) -> str:
 # %% ../../nbs/60_study/05a_report.ipynb #c12b
 def radius_text(eps: float) -> str:
     "A radius as papers write it: 8/255, or 0.3."
-    n = eps * 255
-    return f"{round(n)}/255" if n >= 0.5 and abs(n - round(n)) < 1e-3 else f"{eps:g}"
+    share = Fraction(eps * 255).limit_denominator(2)
+    in_levels = 0 < eps < 0.1 and abs(share / 255 - Fraction(eps)) < 1e-5
+    return f"{share.numerator}/{255 * share.denominator}" if in_levels else f"{eps:g}"
 
 
 def setting_of(record: dict) -> str:

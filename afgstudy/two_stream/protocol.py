@@ -50,7 +50,7 @@ from afgstudy.two_stream.defence import (
 )
 from .labels import OTHER, LabelMap, identity_map, read_map
 from .networks import make_network, trained_network
-from .views import low_training
+from .views import balanced_views, low_training
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c05
 CARS, AIRCRAFT = ("automobile", "truck"), ("airplane",)  # answers that are right for a whole set
@@ -359,22 +359,24 @@ def study_attacks(
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c19
 def cross_fitted(
     low: Callable[[], torch.nn.Module],  # gives the network to start from, a new copy each time
-    shrunk: Dataset,  # images at the low resolution, with categories as labels
-    others: Dataset,  # further images to train on
+    data: Dataset,  # photographs, with categories as labels
+    others: Dataset,  # further images to train on, at the low resolution
     recipe: Recipe,
     folds: int = 5,
+    each: int = 60,  # views of every category
     store: Store = NOWHERE,
 ) -> Tensor:  # [N, C]
-    "Logits of every shrunk image, from a network that has not seen it."
-    order = torch.randperm(len(shrunk), generator=generator_for(recipe.seed, "folds"))
-    logits = torch.zeros(len(shrunk), len(shrunk.classes), device=shrunk.device)
+    "Logits of every photograph at the low resolution, from a network that has not seen it."
+    order = torch.randperm(len(data), generator=generator_for(recipe.seed, "folds"))
+    logits = torch.zeros(len(data), len(data.classes), device=data.device)
     for k in range(folds):
         out = order[k::folds].sort().values
-        seen = shrunk.take(torch.ones(len(shrunk), dtype=torch.bool).index_fill(0, out, False))
+        rest = torch.ones(len(data), dtype=torch.bool).index_fill(0, out, False)
+        seen = balanced_views(data.take(rest), each, recipe.seed)
         both = replace(others, x=torch.cat([seen.x, others.x]), y=torch.cat([seen.y, others.y]))
         model = trained_network("low", both, recipe, store, start=low())
         with torch.no_grad():
-            logits[out] = model(shrunk.images(out))
+            logits[out] = model(resize(data.images(out), others.shape[-1]))
     return logits
 
 # %% ../../nbs/30_two_stream/05_protocol.ipynb #c22
