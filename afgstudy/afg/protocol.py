@@ -178,7 +178,9 @@ def first_network(
         "data": train.checksum,
     }
     spec |= {"recipe": canonical(recipe)} if not p.weights else {}
-    artifact = make_once("model", spec, build, ("afgstudy.training", "afgstudy.networks"), store)
+    made = small_vgg if p.network in SMALL else create
+    code = (model, made, fit, *((with_pooled_head, fit_head) if p.weights and not pretrained else ()))
+    artifact = make_once("model", spec, build, code, store)
     model.load_state_dict(artifact.tensors)
     return model.to(memory_format=torch.channels_last).eval(), artifact  # a quarter faster on a CPU
 
