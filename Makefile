@@ -3,6 +3,7 @@
 #   make study   install, run every experiment on the embedded data, write the report
 #   make test    install, run every library notebook and all tests
 #   make test-elsewhere   the same as other processors would compute it: SSE4.1, AVX2 with two threads, this one
+#   make gpu     with a GPU: the most valuable tables with the papers' settings, for MINUTES=10; again goes on from there
 #   make docs    build the site into _docs/html
 #   make data    download the real sets that can be downloaded without an account
 #   make lab     open JupyterLab on the notebooks
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 JOBS   ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1))")
 PRESET ?= smoke
+MINUTES ?= 10
 
 BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -24,7 +26,7 @@ AVX2  := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(TWO_THREADS)
 LIBRARY_NOTEBOOKS := $(BIN)/nbdev_test --skip_folder_re '^[_.]|experiments|benchmarks' --do_print
 
 .DEFAULT_GOAL := help
-.PHONY: help study test test-elsewhere test-sse41-notebooks docs data lab setup clean
+.PHONY: help study gpu test test-elsewhere test-sse41-notebooks docs data lab setup clean
 
 help:  # the lines at the top of this file
 	@sed -n '/^#   make /s/^# *//p' Makefile
@@ -32,6 +34,18 @@ help:  # the lines at the top of this file
 study: setup
 	@$(BIN)/afgstudy run --all --preset $(PRESET) --jobs $(JOBS)
 	@$(BIN)/afgstudy report --preset $(PRESET)
+
+# The most valuable first. What the time does not reach stays as it is; a training goes on where it was ended.
+ON_A_GPU := aalp/table2:paper aalp/table2:paper-cifar10 afg/table2:paper cafd/unseen:paper two_stream/table2:paper
+
+gpu: setup
+	@$(BIN)/python -c "from afgstudy.engines import gpus; raise SystemExit(not gpus())" || \
+	  { echo "make gpu: torch finds no GPU on this machine that it could use; nothing was run"; exit 2; }
+	@end=$$(( $$(date +%s) + 60 * $(MINUTES) )); status=0; \
+	for each in $(ON_A_GPU); do \
+	  left=$$(( end - $$(date +%s) )); [ $$left -gt 0 ] || break; \
+	  $(BIN)/afgstudy run $${each%:*} --preset $${each#*:} --within $$left || status=1; \
+	done; exit $$status
 
 test: setup
 	$(ONE_THREAD) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)

@@ -11,6 +11,11 @@ settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
 CARRIED = ("data/published/*.csv", "nbs/experiments/**/*.ipynb", "nbs/experiments/presets/**/*.yaml")
+EXTRAS = {
+    name: cfg[f"{name}_requirements"].split() for name in ("study", "attacks", "plots", "hub", "ray", "dask", "dev")
+}
+EXTRAS["study"] += EXTRAS["attacks"] + EXTRAS["plots"]
+EXTRAS["dev"] += EXTRAS["study"]
 
 
 class BuildWithTheStudy(build_py):
@@ -45,7 +50,7 @@ setup(
     packages=find_packages(include=["afgstudy", "afgstudy.*"]),
     package_data={"afgstudy": ["assets/*", "data/*.txt", "py.typed", "study/*.json", "study/templates/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "hub", "ray", "dask")},
+    extras_require=EXTRAS,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "papermill.engine": cfg["papermill_engines"].split(),

@@ -114,6 +114,9 @@ def _layers(model: object, where: str) -> list:
     found = []
     for name, layer in model.named_modules():
         plain = {k: v for k, v in vars(layer).items() if not k.startswith("_") and k != "training"}
+        if own := [k for k, v in plain.items() if getattr(v, "__self__", None) is model]:
+            what = f"{type(model).__name__}, which it is a part of"
+            raise TypeError(f"{where}.{name}: {own[0]} is a method of {what}: give a function or a partial of one")
         found.append([name, _callable_name(type(layer), where), canonical(plain, f"{where}.{name}")])
     return found
 

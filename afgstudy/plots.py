@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'METHOD_COLOURS', 'colour', 'use_style', 'to_picture', 'show_image', 'image_grid', 'adversarial_panel',
-           'save_figure']
+           'ink_on', 'heat_map', 'save_figure']
 
 # %% ../nbs/00_core/11_plots.ipynb #c02
 import math
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -135,6 +136,34 @@ def adversarial_panel(
     fig.suptitle(title, fontsize=11, fontweight="bold", y=1.02)
     fig.tight_layout(pad=0.3)
     return fig
+
+# %% ../nbs/00_core/11_plots.ipynb #hm2
+def ink_on(
+    shade,  # any colour that matplotlib knows
+) -> str:  # "black" or "white"
+    "The ink that can be read better on this colour, by the contrast ratio of WCAG 2."
+    rgb = np.asarray(to_rgb(shade))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
+    return "black" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "white"
+
+# %% ../nbs/00_core/11_plots.ipynb #hm4
+def heat_map(
+    ax: plt.Axes,
+    values,  # a frame, or numbers [rows, columns], in percent; nothing is written where they are not finite
+    bar: bool = False,  # a colour bar beside it
+    cmap: str = "cividis",
+    **labels,  # xticklabels and yticklabels, as seaborn takes them
+) -> None:
+    "Draw percentages as coloured cells, with each number in an ink that can be read on its cell."
+    about = {"cbar_kws": {"label": "%"}} if bar else {}
+    sns.heatmap(values, vmin=0, vmax=100, cmap=cmap, cbar=bar, linewidths=0.5, ax=ax, **about, **labels)
+    colours = plt.get_cmap(cmap)
+    for (row, column), value in np.ndenumerate(np.asarray(values, dtype=float)):
+        if math.isfinite(value):
+            ink = ink_on(colours(value / 100))
+            ax.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=9)
+    ax.tick_params(axis="y", rotation=0)
 
 # %% ../nbs/00_core/11_plots.ipynb #c13
 def save_figure(

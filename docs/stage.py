@@ -9,7 +9,9 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from configparser import ConfigParser
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
@@ -439,6 +441,7 @@ def facts(site: Site, result: Result, source: str) -> str:
     from afgstudy.study.report import render, setting_of, verdict
 
     said = result.record["provenance"]
+    answer = verdict(result.record) or result.record["notes"][:2]
     about = [f"Preset {result.preset}", setting_of(result.record)]
     about += ["seed " + ", ".join(map(str, said["seeds"]))] if said["seeds"] else []
     about += [str(said["device"]["name"]), seconds_text(said["seconds"])]
@@ -449,7 +452,7 @@ def facts(site: Site, result: Result, source: str) -> str:
     for _, path in links:  # as downloads: a plain link to a notebook would be one to its page
         carry(site, path)
     to = [dict(text=text, to=relative(f"files/{path}", result.page)) for text, path in links]
-    return render("run.md.j2", verdict=verdict(result.record), about=[a for a in about if a], links=to)
+    return render("run.md.j2", verdict=answer, about=[a for a in about if a], links=to)
 
 
 def carry(site: Site, path: str) -> None:
@@ -569,6 +572,7 @@ def write_room(
     tocs = [toctree("", group) for group in below if group]
 
     def close(notebook: NotebookNode) -> None:
+        under_title(notebook, "\n\n".join(filter(None, [elsewhere(notebooks[0]), finding(site, room)])))
         if paper:
             if picture := picture_of(site, paper, runs):
                 notebook.cells.insert(1, markdown_cell(picture, number=3))
@@ -578,8 +582,49 @@ def write_room(
 
     site.notebook(notebooks[0], front, close)
     for source in notebooks[1:]:
-        site.notebook(source, site.shown_at[source])
+        site.notebook(source, site.shown_at[source], linked(source))
     return front
+
+
+def finding(site: Site, room: str) -> str:
+    "The box that a paper's page begins with: what the front page says of it, read there from the records."
+    outputs = [o for c in read_notebook(site.root / "nbs" / "index.ipynb").cells for o in c.get("outputs", [])]
+    text = "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
+    start = rf"^- \[\*\*(?P<name>.*?)\*\*\]\({room}/index\.ipynb\) \(\[[^\]]*\]\([^)]*\)\) (?P<says>.*)$"
+    found = re.search(start, text, flags=re.M)
+    return f":::{{admonition}} The answer\n:class: tip verdict\n\n{found['name']} {found['says']}\n:::" if found else ""
+
+
+def elsewhere(source: str) -> str:
+    "Links under the title: the notebook where it can be changed, and those meant to be played with in Colab."
+    place = f"{repository()}/edit/main/{source}"
+    links = [f"[Edit this page]({place})"]
+    if source.startswith(f"nbs/{GUIDES}/"):
+        name = repository().removeprefix("https://github.com/")
+        links.append(f"[Open in Colab](https://colab.research.google.com/github/{name}/blob/main/{source})")
+    return " · ".join(links)
+
+
+@cache
+def repository() -> str:
+    "The address of the project's repository, as settings.ini has it."
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return settings["DEFAULT"]["git_url"]
+
+
+def linked(source: str) -> Callable[[NotebookNode], None]:
+    "What puts those links under the title of a notebook."
+    return lambda notebook: under_title(notebook, elsewhere(source))
+
+
+def under_title(notebook: NotebookNode, text: str) -> None:
+    "Put text below the title and the line under it."
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and (head := re.search(r"^# .+$(\s+^>.*$)*", cell.source, flags=re.M)):
+            cell.source = f"{cell.source[: head.end()]}\n\n{text}\n{cell.source[head.end() :]}"
+            return
+    notebook.cells.insert(0, markdown_cell(text, number=5))
 
 
 def tables_of(
@@ -675,6 +720,7 @@ def build(root: Path, to: Path) -> int:
     site = Site(root, to)
     site.references = references(root / "docs" / "references.bib")
     site.shown_at["nbs/index.ipynb"] = site.shown_at["README.md"] = "index.ipynb"
+    site.shown_at["docs/install.md"] = "install.md"
     rooms = library(site)
     sources, runs = experiments(site)
     found = modules(site, [source for notebooks in rooms.values() for source in notebooks])
@@ -684,6 +730,8 @@ def build(root: Path, to: Path) -> int:
         reference(site, module)
     site.write("references.bib", (root / "docs" / "references.bib").read_bytes())
     site.write("bibliography.md", (root / "docs" / "bibliography.md").read_bytes())
+    install = (root / "docs" / "install.md").read_text()
+    site.write("install.md", site.markdown(install, "docs/install.md", "install.md"))
     browser, api = browser_page(site, runs), reference_index(site, found)
     board = leaderboard_page(site, runs)
     fronts = {
@@ -693,7 +741,7 @@ def build(root: Path, to: Path) -> int:
     library_rooms = [front for room, front in fronts.items() if room not in (*PAPERS.values(), GUIDES)]
     guides = [site.shown_at[source] for source in rooms.get(GUIDES, [])]
     tocs = [
-        toctree("The study", [board, *pages.get("summary", []), browser]),
+        toctree("The study", ["install.md", board, *pages.get("summary", []), browser]),
         toctree("The papers", papers),
         toctree("How to", guides),
         toctree("The library", [*library_rooms, api, *pages.get("benchmarks", [])]),

@@ -118,6 +118,38 @@ def test_plan_lists_jobs_that_any_scheduler_can_run(sandbox):
     assert [j["state"] for j in json.loads(sandbox("plan --json -p seed=3"))] == ["done", "never"]
 
 
+# --- a time to end ---
+
+
+def test_runs_end_when_the_time_is_up_and_that_is_no_failure(sandbox):
+    sandbox.write("a/quick", COUNTS)
+    sandbox.write("b/slow", WAITS, COUNTS)
+    sandbox("run a/quick")
+    assert "1 finished earlier, 1 interrupted" in sandbox("run --all -j 2 --within 1")
+    assert not list(sandbox.runs.rglob("*.part")) and not any(map(alive, began()))
+    sandbox.write("c/bad", "1 / seed", COUNTS)
+    assert "1 failed" in sandbox("run c/bad --within 600", status=1)
+
+
+def test_make_gpu_says_that_there_is_none_and_shares_out_the_time_where_there_is(tmp_path):
+    "With commands that stand in for python (is there a GPU?) and afgstudy (which tells what it was asked)."
+
+    def make(has_gpu: bool, seconds: float) -> subprocess.CompletedProcess:
+        for name, text in {"python": f"exit {int(not has_gpu)}", "afgstudy": f"echo $*; sleep {seconds}"}.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        words = ["make", "-o", "setup", "gpu", f"BIN={tmp_path}", "MINUTES=1"]
+        return subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+
+    none = make(has_gpu=False, seconds=0)
+    assert none.returncode == 2 and "finds no GPU" in none.stdout and "run" not in none.stdout.split("nothing")[0]
+    there = make(has_gpu=True, seconds=1.1)
+    asked = [line.split() for line in there.stdout.splitlines()]
+    assert there.returncode == 0 and [a[1] for a in asked][:3] == ["aalp/table2", "aalp/table2", "afg/table2"]
+    left = [int(a[-1]) for a in asked]
+    assert 50 < left[0] <= 60 and left == sorted(left, reverse=True) and left[0] > left[-1]
+
+
 # --- orders ---
 
 

@@ -4,9 +4,13 @@ import subprocess
 import sys
 
 import nbformat
+import pytest
+import torch
 from nbclient import NotebookClient
 
-from afgstudy.keys import code_of, differences, surroundings
+from afgstudy.attacks import BPDA
+from afgstudy.cafd import JPEG
+from afgstudy.keys import canonical, code_of, differences, key_of, surroundings
 from afgstudy.training import Madry, Recipe, fit
 
 OBJECTIVE = """
@@ -85,3 +89,39 @@ def test_a_lazy_package_leads_keys_to_the_modules_that_define_its_names():
         reached = imported_modules([f"from afgstudy.data import {name}"])
         assert f"afgstudy.data.{home}" in reached and "afgstudy.data" not in reached, name
     assert "afgstudy.data.sources" not in imported_modules(["from afgstudy.training import fit"])
+
+
+def test_a_jpeg_pipeline_is_described_exactly():
+    network = torch.nn.Flatten()
+    keys = {key_of(torch.nn.Sequential(JPEG(quality), network)) for quality in (75, 75, 50)}
+    assert len(keys) == 2
+    assert "afgstudy.cafd.baselines" in code_of(torch.nn.Sequential(JPEG(75), network))
+
+
+class Circle(torch.nn.Module):
+    "Holds a step that holds a method of itself."
+
+    def __init__(self):
+        super().__init__()
+        self.through = BPDA(self.round)
+
+    def round(self, x):
+        return x.round()
+
+
+@pytest.mark.parametrize("model", [Circle(), torch.nn.Sequential(Circle())])
+def test_a_module_that_holds_its_own_method_is_refused_by_name(model):
+    with pytest.raises(TypeError, match="exact is a method of Circle, which it is a part of: give a f"):
+        canonical(model)
+
+
+def test_the_first_network_of_afg_is_keyed_with_all_the_code_that_makes_it(monkeypatch):
+    from afgstudy.afg import protocol
+
+    asked = {}
+    monkeypatch.setattr(protocol, "make_once", lambda kind, what, build, code, store: asked.update(code=code_of(*code)))
+    monkeypatch.setattr(protocol, "copy_state", lambda model: {})
+    with pytest.raises(AttributeError):  # there is no artifact to go on with
+        protocol.first_network(protocol.Protocol(n_first=20))
+    reached = ("training", "networks", "models", "data.dataset", "afg.separation")  # small networks are built there
+    assert {f"afgstudy.{name}" for name in reached} <= asked["code"].keys()

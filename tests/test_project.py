@@ -119,9 +119,15 @@ def test_nothing_names_the_machine_it_was_made_on(project):
             assert not found, f"{name}: {found.group(0)!r}"
 
 
+def every_requirement(cfg, but=("ray", "dask")) -> list[str]:
+    "What the library and its extras need; Ray and Dask are for machines that have a cluster."
+    extras = ("study", "attacks", "plots", "hub", "dev")
+    return sum((cfg[f"{e}_requirements"].split() for e in extras if e not in but), cfg["requirements"].split())
+
+
 def test_environment_pins_satisfy_settings(project):
     cfg, exact = settings(project), pins(project)
-    for requirement in map(Requirement, (cfg["requirements"] + " " + cfg["dev_requirements"]).split()):
+    for requirement in map(Requirement, every_requirement(cfg)):
         name = canonicalize_name(requirement.name)
         assert name in exact, f"{requirement.name} is in settings.ini but has no pin in environment.yml"
         assert exact[name] in requirement.specifier, f"{name}=={exact[name]} does not satisfy {requirement}"
@@ -132,7 +138,7 @@ def test_installed_versions_are_the_pinned_ones(project):
     from importlib.metadata import version
 
     cfg, exact = settings(project), pins(project)
-    for requirement in map(Requirement, cfg["requirements"].split()):
+    for requirement in map(Requirement, every_requirement(cfg, but=("dev", "ray", "dask"))):
         name = canonicalize_name(requirement.name)
         assert version(name).split("+")[0] == exact[name], (
             f"{name} {version(name)} is installed, {exact[name]} is pinned"
@@ -221,6 +227,59 @@ def test_wheel_works_outside_the_checkout(project, tmp_path):
     assert (tmp_path / "study" / "nbs" / "experiments" / "presets" / "cpu" / "aalp" / "table2.yaml").is_file()
 
 
+BARE = """
+import importlib, sys
+import afgstudy
+
+class Hiding:
+    # a finder that does not see what the extras bring
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in afgstudy.EXTRAS else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [f if f is afgstudy._Extras else Hiding(f) for f in sys.meta_path]
+for room in "keys store device passes data networks models defence training attacks".split():
+    importlib.import_module(f"afgstudy.{room}")
+from afgstudy.attacks import PGD
+from afgstudy.data import load
+from afgstudy.models import create
+data = load("digits", "test", n=2)
+print(tuple(PGD(eps=0.1, steps=1)(create("lenet5", channels=1, size=28, seed=0), data.images(), data.y).shape))
+for name, room in (("AutoAttack", "attacks"), ("proportion", "stats"), ("show_image", "plots"), ("main", "study.cli")):
+    try:
+        getattr(importlib.import_module(f"afgstudy.{room}"), name)
+    except ModuleNotFoundError as e:
+        print(name, "->", e)
+"""
+
+
+def test_the_library_alone_works_and_names_the_extra_that_is_missing(project):
+    environment = dict(os.environ, PYTHONPATH=str(project))
+    command = [sys.executable, "-c", BARE]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=project)
+    assert ran.returncode == 0 and "(2, 1, 28, 28)" in ran.stdout, ran.stdout + ran.stderr
+    for name, extra in (("AutoAttack", "attacks"), ("proportion", "study"), ("show_image", "plots"), ("main", "study")):
+        line = next(line for line in ran.stdout.splitlines() if line.startswith(f"{name} -> "))
+        assert f"pip install 'afgstudy[{extra}]'" in line, line
+
+
+def test_every_extra_is_named_where_its_modules_are_missed(project):
+    import afgstudy
+
+    cfg = settings(project)
+    for module, extra in afgstudy.EXTRAS.items():
+        assert f"{extra}_requirements" in cfg, (module, extra)
+
+
+def test_the_version_is_the_same_everywhere(project):
+    version = settings(project)["version"]
+    for file in ("afgstudy/__init__.py", "CITATION.cff", "CHANGELOG.md", "README.md"):
+        assert version in (project / file).read_text(), f"{file} does not name version {version}"
+
+
 def code_cells(project, folder=""):
     for path in notebooks(project, folder):
         for cell in json.loads(path.read_text())["cells"]:
@@ -261,7 +320,7 @@ def holds_only_settings(source: str) -> bool:
 
 
 # A ratchet: today's state of the export cells, towards a median of 15 lines and none over 40. Both may only fall.
-MEDIAN_LINES, CELLS_OVER_40 = 14, 16
+MEDIAN_LINES, CELLS_OVER_40 = 14, 14
 
 
 def test_export_cells_are_short(project):

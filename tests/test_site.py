@@ -183,6 +183,27 @@ def test_leaderboard_shows_every_defence_of_every_summary(project, site):
         assert "eps " in text and "L-infinity" in text
 
 
+def test_a_paper_page_begins_with_its_answer(project, site):
+    for room in ("20_aalp", "30_two_stream", "40_cafd", "50_afg"):
+        text = (site / room / "index.html").read_text()
+        box = text.index("The answer")
+        assert "verdict" in text[box - 200 : box] and box < text.index("<h2"), room
+
+
+def test_guides_open_in_colab_where_their_first_cell_installs(project, site):
+    for source in sorted((project / "nbs" / "70_howto").glob("*.ipynb")):
+        text = (site / "70_howto" / f"{source.stem}.html").read_text()
+        assert f"/blob/main/nbs/70_howto/{source.name}" in text and "Edit this page" in text, source.name
+        first = next(c for c in json.loads(source.read_text())["cells"] if c["cell_type"] == "code")
+        assert "pip install" in "".join(first["source"]), source.name
+
+
+def test_install_page_names_every_extra(project, site):
+    text = (site / "install.html").read_text()
+    for extra in ("study", "attacks", "plots", "hub", "ray", "dask"):
+        assert f">{extra}</span>" in text, extra
+
+
 # --- in a browser ---------------------------------------------------------------------------------
 
 

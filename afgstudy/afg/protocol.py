@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'NOISE', 'PROBES', 'Settings', 'chosen', 'Protocol', 'with_pooled_head', 'fit_head', 'first_network', 'Rows',
-           'joined', 'timed', 'drawn', 'Sources', 'Attacked', 'Encoded', 'Material', 'clustered', 'Second', 'contest',
-           'mixed', 'no_reading', 'configuration', 'by_sample', 'standing', 'costs']
+           'joined', 'timed', 'drawn', 'Sources', 'Attacked', 'Encoded', 'Material', 'clustered', 'fitted_reader',
+           'Second', 'contest', 'mixed', 'no_reading', 'configuration', 'by_sample', 'standing', 'costs']
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c02
 import math
@@ -178,7 +178,9 @@ def first_network(
         "data": train.checksum,
     }
     spec |= {"recipe": canonical(recipe)} if not p.weights else {}
-    artifact = make_once("model", spec, build, ("afgstudy.training", "afgstudy.networks"), store)
+    made = small_vgg if p.network in SMALL else create
+    code = (model, made, fit, *((with_pooled_head, fit_head) if p.weights and not pretrained else ()))
+    artifact = make_once("model", spec, build, code, store)
     model.load_state_dict(artifact.tensors)
     return model.to(memory_format=torch.channels_last).eval(), artifact  # a quarter faster on a CPU
 
@@ -385,6 +387,13 @@ def clustered(
     low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high), len(values))
 
+# %% ../../nbs/50_afg/07_protocol.ipynb #c19r
+def fitted_reader(network: nn.Module, found: Artifact) -> Fitted:
+    "A second network with the weights that were kept, on the default device."
+    reader = Reader(network).to(default_device())
+    reader.load_state_dict(found.tensors)
+    return Fitted(reader.eval(), found.extra["history"])
+
 # %% ../../nbs/50_afg/07_protocol.ipynb #c19
 @dataclass(frozen=True)
 class Second:
@@ -432,9 +441,7 @@ class Second:
         spec = {"initial": state_digest(net), "x": x, "target": target, "recipe": canonical(self.recipe)}
         spec |= {"watch": list(watch)} if watch else {}
         found = make_once("second", spec, build, ("afgstudy.afg.recognition",), store)
-        reader = Reader(net).to(default_device())
-        reader.load_state_dict(found.tensors)
-        return Fitted(reader.eval(), found.extra["history"]), found
+        return fitted_reader(net, found), found
 
 # %% ../../nbs/50_afg/07_protocol.ipynb #c22
 PROBES = {"probe on factors": "factors", "probe on pooled maps": "pooled", "probe on softmax": "softmax"}

@@ -9,12 +9,22 @@ __all__ = []
 from .base import Attack
 from .carlini import CarliniWagner
 from .deepfool import DeepFool
-from .external import DDN, AutoAttack
 from .gradient import BIM, FGSM, MIFGSM, PGD
 from .pixel import PixelAttack
 from .spatial import SpatialTransform
 from .universal import UniversalPerturbation
 from .wrappers import BPDA, ExpectationOverTransformation
+
+# %% ../../nbs/10_attacks/index.ipynb #c02b
+try:
+    from afgstudy.attacks.external import DDN, AutoAttack
+except ModuleNotFoundError as e:
+    _missing = str(e)
+
+    def __getattr__(name: str):
+        if name in ("AutoAttack", "DDN"):
+            raise ModuleNotFoundError(_missing)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/10_attacks/index.ipynb #c03
 __all__ = [

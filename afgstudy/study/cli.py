@@ -240,12 +240,14 @@ _RUN_OPTIONS = (
                  help="Who runs them: local, ray, dask, or one of yours."),
     click.option("--address", help="Where the engine's cluster is; without it one is started on this machine."),
     click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds after which a run fails."),
+    click.option("--within", type=click.FloatRange(0, min_open=True), default=float("inf"),
+                 help="Seconds after which runs that have not ended are ended, as by Ctrl-C; no failure."),
 )  # fmt: skip
 
 # %% ../../nbs/60_study/06_cli.ipynb #c09r
 def run(
     names: tuple[str, ...], everything: bool, preset: str, given: dict[str, Any], jobs: int | None, force: bool,
-    dry_run: bool, timeout: float | None, engine: str, address: str | None,
+    dry_run: bool, timeout: float | None, within: float, engine: str, address: str | None,
 ) -> None:  # fmt: skip
     """Run experiments; what is finished is not run again.
 
@@ -266,14 +268,14 @@ def run(
         jobs = jobs or max(1, len(engines.gpus()))
         if dry_run:
             raise SystemExit(_dry_run(planned, jobs))
-        outcomes = execute_all(planned, jobs, engines.engine(engine, jobs, address), _say)
+        outcomes = execute_all(planned, jobs, engines.engine(engine, jobs, address), _say, within)
     except Interrupted as e:
         _summary(e.args[0])
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     _summary(outcomes)
-    raise SystemExit(0 if all(o.ok for o in outcomes) else 1)
+    raise SystemExit(int(any(o.state == "failed" for o in outcomes)))
 
 
 for _option in reversed(_RUN_OPTIONS):

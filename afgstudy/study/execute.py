@@ -405,12 +405,20 @@ def _where(future: Future, job: Job, engine: Engine) -> str:
     return (hear(future) if not engine.here else "") or progress_of(job)
 
 
-def _await(futures: dict[Future, Job], outcomes: dict[Future, Outcome], report: Callable, engine: Engine) -> None:
+class _TimeIsUp(Exception):
+    "The seconds that the runs were given are over."
+
+
+def _await(
+    futures: dict[Future, Job], outcomes: dict[Future, Outcome], report: Callable, engine: Engine, end: float
+) -> None:
     "Fill `outcomes` as the futures end; a bar for the whole names what is running and where it is."
     pending = set(futures)
     with tqdm(total=len(futures), unit="run", disable=None, leave=False) as bar:
         while pending:
             ended, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            if pending and not ended and time.monotonic() > end:
+                raise _TimeIsUp
             for f in ended:
                 outcomes[f] = _outcome(f, futures[f])
                 with bar.external_write_mode():
@@ -451,9 +459,10 @@ def execute_all(
     workers: int = 1,  # runs at the same time
     engine: Engine | None = None,  # default: `workers` threads of this process, each attending a worker
     report: Callable[[Outcome], None] = lambda outcome: None,  # called as each run ends
+    within: float = float("inf"),  # seconds after which what runs is ended, as by Ctrl-C; it is then "interrupted"
 ) -> list[Outcome]:  # in the order of the jobs
     "Run jobs. Raises `Interrupted` on Ctrl-C, after everything it started has ended. Closes the engine."
-    share = max(1, cores() // max(1, workers))
+    share, end = max(1, cores() // max(1, workers)), time.monotonic() + within
     jobs = [replace(j, threads=j.threads or share) for j in jobs]
     engine = engine or Local(workers)
     _wanted.update(m for j in jobs for m in j.needs.get("modules", {}))
@@ -461,7 +470,9 @@ def execute_all(
     outcomes: dict[Future, Outcome] = {}
     try:
         futures.update((_submit(j, engine), j) for j in jobs)
-        _await(futures, outcomes, report, engine)
+        _await(futures, outcomes, report, engine, end)
+    except _TimeIsUp:
+        return _after_ctrl_c(futures, outcomes, engine)
     except KeyboardInterrupt:
         raise Interrupted(_after_ctrl_c(futures, outcomes, engine)) from None
     finally:
