@@ -959,6 +959,15 @@ def test_every_experiment_has_presets_that_fit_it(name, preset):
         assert len(values["datasets"]) == len(values["counts"])
 
 
+@pytest.mark.parametrize("name", ["two_stream/table1", "two_stream/table2"])
+def test_the_sets_of_the_tables_are_known_to_the_plan(name):
+    from afgstudy.data.sources import source_of
+    from afgstudy.study.parameters import full_parameters
+
+    for preset in ("cpu", "cpu-cifar10", "paper"):
+        assert all(source_of(dataset) for dataset in full_parameters(name, preset)["datasets"])
+
+
 def test_every_claim_has_its_experiment():
     wanted = "table1 table2 fig1 fig2 fig3_4 fig5 transfer backbones small_imagenet shrunk resize premise"
     assert sorted(experiments()) == sorted(f"two_stream/{name}" for name in wanted.split())

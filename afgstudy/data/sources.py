@@ -578,8 +578,8 @@ def source_of(name: str) -> Source:
     "What is known about a set; for `folder:PATH`, about that folder. Raises ValueError for an unknown name."
     if not isinstance(name, str) or "\0" in name:
         raise ValueError(f"the name of a dataset is a string without zero bytes, got {name!r}")
-    if name in SOURCES:
-        return SOURCES[name]
+    if known := SOURCES.get(name) or SOURCES.get(f"folder:{name}"):  # the parts go by their folder's name as well
+        return known
     if name.startswith("folder:") and name != "folder:":
         return _any_folder(name)
     near = difflib.get_close_matches(name, SOURCES, 1)
