@@ -79,8 +79,8 @@ clean:
 setup: .venv/installed
 
 .venv/installed: settings.ini environment.yml setup.py
-	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" || \
-	  { echo "Python 3.11 to 3.13 is needed, this is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11, 5) <= sys.version_info[:3] < (3, 14))" || \
+	  { echo "Python 3.11.5 to 3.13 is needed, this is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@sed -n 's/^ *- \([A-Za-z0-9_.-]*==.*\)/\1/p' environment.yml > .venv/constraints.txt
 	@echo "Installing into .venv (about 6 GB the first time, most of it torch's CUDA libraries)"
