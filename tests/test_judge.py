@@ -340,3 +340,35 @@ def test_a_file_is_judged_from_the_command_line_and_leaves_a_record(tmp_path, mo
     (tmp_path / "mine.py").write_text(FILES["fine"] + "  # another file\n")
     eps = CliRunner().invoke(main, [*command[:5], "8"])
     assert eps.exit_code == 1
+
+
+def test_a_file_of_weights_is_judged_by_a_function_and_its_path(tmp_path, monkeypatch, digits):
+    from safetensors.torch import save_file
+
+    (tmp_path / "theirs.py").write_text(
+        "from afgstudy.models import create\n"
+        "from safetensors.torch import load_file\n"
+        "def load(path):\n"
+        "    net = create('lenet5', classes=10, channels=1, size=28, seed=0)\n"
+        "    net.load_state_dict(load_file(path))\n"
+        "    return net.eval()\n"
+    )
+    weights = tmp_path / "theirs.safetensors"
+    save_file(known.undefended().state_dict(), weights)
+    monkeypatch.setenv("AFGSTUDY_RUNS", str(tmp_path / "runs"))
+    command = ["judge", f"{tmp_path}/theirs.py:load={weights}", "--dataset", "digits", "--eps", "0.1", "--budget", "0"]
+    ran = CliRunner().invoke(main, [*command, "-n", "8"])
+    assert ran.exit_code == 0, ran.output
+    assert "On 8 test images of digits" in ran.output
+    weights.write_bytes(b"no tensors")
+    broken = CliRunner().invoke(main, [*command, "-n", "8"])
+    assert broken.exit_code == 1 and "raised" in broken.output and "Traceback" not in broken.output
+
+
+def test_a_published_defence_is_judged_by_its_name(monkeypatch):
+    import afgstudy.hub
+
+    monkeypatch.setattr(afgstudy.hub, "load_defence", {"digits-net": known.undefended()}.__getitem__)
+    assert isinstance(made_by("afgstudy.hub:load_defence=digits-net"), nn.Module)
+    with pytest.raises(DefenceError, match="KeyError"):
+        made_by("afgstudy.hub:load_defence=nothing")

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SHADES', 'LADDER', 'ENOUGH', 'LEAST', 'smallest_difference', 'longer_run', 'counting', 'verdict_of', 'sentence_of',
-           'stacked', 'bars', 'figure_of', 'beside_figure', 'cheapest', 'cheapest_figure', 'module_at', 'made_by',
-           'passes_for', 'seconds_a_pass', 'plan_for']
+           'stacked', 'bars', 'figure_of', 'beside_figure', 'cheapest', 'cheapest_figure', 'module_at', 'Factory',
+           'made_by', 'passes_for', 'seconds_a_pass', 'plan_for']
 
 # %% ../../nbs/16_judge/05_words.ipynb #c02
 import importlib
 import importlib.util
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -161,20 +163,36 @@ def module_at(place: str):  # -> module
         raise DefenceError(f"{Path(place).name} cannot be imported: {type(e).__name__}: {e}") from e
 
 # %% ../../nbs/16_judge/05_words.ipynb #c15a
+class Factory(NamedTuple):
+    "`PLACE:NAME` or `PLACE:NAME=TEXT`: where a function is, what it is called, and the text that it is given."
+
+    place: str  # FILE.py or a module's dotted name
+    name: str
+    text: str | None = None  # None: it is called without arguments
+
+    @classmethod
+    def of(cls, written: str) -> "Factory":
+        "As a user writes it. Raises `DefenceError` for anything else."
+        if not (found := re.fullmatch(r"(.+?):([^\W\d]\w*)(?:=(.+))?", written)):
+            raise DefenceError(f"a factory is FILE.py:NAME or MODULE:NAME, with =TEXT for an argument, got {written!r}")
+        return cls(*found.groups())
+
+    def __str__(self) -> str:
+        return f"{self.place}:{self.name}" + (f"={self.text}" if self.text is not None else "")
+
+
 def made_by(factory: str) -> object:
-    "What the function `FILE.py:NAME` or `MODULE:NAME` returns. `DefenceError` where there is none or it raises."
-    place, colon, name = factory.rpartition(":")
-    if not (colon and place and name.isidentifier()):
-        raise DefenceError(f"a factory is FILE.py:NAME or MODULE:NAME, got {factory!r}")
+    "What the function `PLACE:NAME` or `PLACE:NAME=TEXT` returns. `DefenceError` where there is none or it raises."
+    place, name, text = Factory.of(factory)
     make = getattr(module_at(place), name, None)
     if not callable(make):
         raise DefenceError(f"{Path(place).name} has no function {name!r}")
     try:
-        made = make()
+        made = make() if text is None else make(text)
     except Exception as e:
-        raise DefenceError(f"{name}() raised {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
+        raise DefenceError(f"{name}({text or ''}) raised {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
     if made is None:
-        raise DefenceError(f"{name}() returned None: expected a model or a defence")
+        raise DefenceError(f"{name}({text or ''}) returned None: expected a model or a defence")
     return made
 
 # %% ../../nbs/16_judge/05_words.ipynb #c18

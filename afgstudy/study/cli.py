@@ -485,14 +485,20 @@ def _all_whole(reports: Iterable) -> None:
 
 # %% ../../nbs/60_study/06_cli.ipynb #judge1
 def _in_full(factory: str) -> str:
-    "FILE.py:NAME with the file's absolute path, since a run has a folder of its own; MODULE:NAME as it is."
-    place, _, name = factory.rpartition(":")
-    return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else factory
+    "A factory with the absolute paths of its files, since a run has a folder of its own; the rest as it is."
+    from afgstudy.judge.words import Factory
+
+    given = Factory.of(factory)
+    place = str(Path(given.place).resolve()) if given.place.endswith(".py") else given.place
+    text = str(Path(given.text).resolve()) if given.text and Path(given.text).exists() else given.text
+    return str(given._replace(place=place, text=text))
 
 
 def _checksum(*factories: str) -> str:
     "A SHA-256 of the files of these factories, '' where none is a file."
-    files = [p for f in factories if (p := Path(f.rpartition(":")[0])).is_file() and p.suffix == ".py"]
+    from afgstudy.judge.words import Factory
+
+    files = [p for f in factories if f for part in Factory.of(f)[::2] if part and (p := Path(part)).is_file()]
     return sha256(b"".join(p.read_bytes() for p in files)).hexdigest() if files else ""
 
 # %% ../../nbs/60_study/06_cli.ipynb #judge1a
@@ -540,11 +546,17 @@ def judge(
 ) -> None:
     """Put a defence of your own on trial.
 
-    FACTORY is FILE.py:NAME or MODULE:NAME, a function without arguments that returns a model (images in [0, 1]
-    to logits) or a defence (images to a Verdict).
+    FACTORY is FILE.py:NAME or MODULE:NAME, a function that returns a model (images in [0, 1] to logits) or a
+    defence (images to a Verdict); NAME=TEXT calls it with a text, such as a file of weights or the name of a
+    published defence: afgstudy.hub:load_defence=aalp-mnist.
     """
+    from afgstudy.judge.subject import DefenceError
+
     given = dict(dataset=dataset, eps=eps, norm=norm, budget=budget, n_test=images, seed=seed)
-    given |= dict(factory=_in_full(factory), network=_in_full(network) if network else "")
+    try:
+        given |= dict(factory=_in_full(factory), network=_in_full(network) if network else "")
+    except DefenceError as e:
+        raise click.ClickException(str(e)) from None
     given["code"] = _checksum(given["factory"], given["network"])
     raise SystemExit(_yours(given, force))
 
