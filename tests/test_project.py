@@ -350,3 +350,17 @@ def test_other_processors_are_emulated_by_the_makefile_and_the_ci(project):
     for variable in ("ONEDNN_MAX_CPU_ISA=SSE41", "ONEDNN_MAX_CPU_ISA=AVX2"):
         assert sum(variable in line for line in said.stdout.splitlines()) == 2, said.stdout + said.stderr
     assert "make test-sse41-notebooks" in (project / ".ci" / "run").read_text()
+
+
+def test_notebooks_leave_the_environment_as_they_found_it(project):
+    """Library notebooks share processes: what one leaves behind, such as another folder of experiments, others read."""
+    for path in sorted((project / "nbs").rglob("*.ipynb")):
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        code = "\n".join("".join(c["source"]) for c in cells if "#| export" not in "".join(c["source"]))
+        given = set(re.findall(r"os\.environ\[\"(AFGSTUDY_\w+)\"\](?:, \w+)* =", code))
+        assert "os.environ |=" not in code and "os.environ.update({\"" not in code, f"{path.name}: use patch.dict"
+        taken = set(re.findall(r"(?:del os\.environ\[|os\.environ\.pop\()\"(AFGSTUDY_\w+)\"", code))
+        if "os.environ.pop(variable)" in code:
+            taken |= given
+        assert given <= taken, f"{path.name} leaves {given - taken} set"
+        assert ").start()" not in code or "patch.stopall()" in code, f"{path.name} never stops its patches"
