@@ -1,5 +1,6 @@
 "A user's defence on trial: what is known of the specimens must be found, and every mistake ends in one sentence."
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -156,7 +157,7 @@ def test_attackers_of_a_defence_count_in_the_worst_case_and_inside_the_radius_on
 
 def test_a_trial_that_was_held_is_read_and_another_is_held(digits, tmp_path):
     how = dict(effort=BRIEF, store=Store(tmp_path))
-    few, net = digits.take(slice(0, 4)), known.undefended()
+    few, net = digits.take(slice(0, 4)), copy.deepcopy(known.undefended())  # the specimen itself is shared
     first, again = (judged_once(net, few, THREAT, **how) for _ in range(2))
     assert rows_of(first) == rows_of(again) and first.seconds == again.seconds
     assert judged_once(net, few, THREAT, seed=1, **how).seconds != first.seconds
