@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROBED', 'largest_radius', 'radii', 'walker', 'along', 'Judgement', 'tried_by', 'rows_of', 'own_attackers',
-           'attackers_of', 'curve_of', 'brightness', 'questions', 'trial', 'check_data', 'judge']
+           'attackers_of', 'curve_of', 'brightness', 'questions', 'trial', 'check_kinds', 'check_data', 'judge']
 
 # %% ../../nbs/16_judge/04_judgement.ipynb #c02
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -240,6 +241,14 @@ def trial(
     return Judgement(subject.name, data.name, threat, effort, seed, tuple(tries), curve, tuple(checks), spent)
 
 # %% ../../nbs/16_judge/04_judgement.ipynb #c17
+def check_kinds(kinds: dict, **given: object) -> None:
+    "Raise `DefenceError` for an argument that is not of its kind (None is one of all)."
+    for name, value in given.items():
+        wrong = not isinstance(value, kinds[name]) or isinstance(value, bool)
+        if value is not None and wrong:
+            raise DefenceError(f"{name} must be a {kinds[name].__name__}, got {named(value)}: {value!r:.100}")
+
+
 def check_data(data: Dataset) -> None:
     "Raise `DefenceError` unless there are images, in [0, 1]."
     if not len(data):
@@ -261,6 +270,10 @@ def judge(
     **declared,  # `bare`, `randomised`, `not_differentiable`, `score`, `attackers`, `name`
 ) -> Judgement:
     "The defence under every attacker. Raises `DefenceError` for whatever cannot be judged."
+    kinds = dict(data=Dataset, threat=Threat, held_out=Dataset, strange=Callable, effort=Effort, seed=int)
+    check_kinds(kinds, data=data, threat=threat, held_out=held_out, strange=strange, effort=effort, seed=seed)
+    if any(v is None for v in (data, threat, effort, seed)):
+        raise DefenceError("data, threat, effort and seed cannot be None")
     check_data(data)
     subject = subject_of(defence, data.images(slice(0, 8)), len(data.classes), **declared)
     networks = {"the bare network": subject.bare, "a strange network": strange}
