@@ -365,3 +365,10 @@ def test_notebooks_leave_the_environment_as_they_found_it(project):
         assert given <= taken, f"{path.name} leaves {given - taken} set"
         started = re.search(r"patch\.dict\(os\.environ.*\.start\(\)", code)
         assert not started or "patch.stopall()" in code, f"{path.name} never stops its patches"
+
+
+def test_cells_have_ids_of_their_own(project):
+    for folder in ("nbs", "data/results"):
+        for path in sorted((project / folder).rglob("*.ipynb")):
+            names = [c["id"] for c in json.loads(path.read_text())["cells"]]
+            assert len(set(names)) == len(names), f"{path.name}: {sorted({n for n in names if names.count(n) > 1})}"
