@@ -131,12 +131,18 @@ def test_a_missing_dataset_fails_its_run_and_no_other(sandbox):
 # --- interruptions ---
 
 
-def test_ctrl_c_leaves_what_is_finished_and_nothing_half_done(sandbox):
+def interrupted(sandbox):  # -> process, pid of the kernel
+    "A run of a quick experiment and one that waits, after a first Ctrl-C in the second."
     sandbox.write("a/quick", sandbox.LIGHT)
     sandbox.write("b/waits", WAITS, sandbox.LIGHT)
     process = start("run", "--all")
     kernel = int(until(lambda: Path("kernel").exists() and Path("kernel").read_text()))
     process.send_signal(signal.SIGINT)
+    return process, kernel
+
+
+def test_ctrl_c_leaves_what_is_finished_and_nothing_half_done(sandbox):
+    process, kernel = interrupted(sandbox)
     said = process.communicate(timeout=90)[0]
     assert process.returncode == 130, said
     assert "1 done, 1 interrupted" in said and "Traceback" not in said
@@ -148,11 +154,7 @@ def test_ctrl_c_leaves_what_is_finished_and_nothing_half_done(sandbox):
 
 
 def test_a_second_ctrl_c_is_as_harmless_as_the_first(sandbox):
-    sandbox.write("a/quick", sandbox.LIGHT)
-    sandbox.write("b/waits", WAITS, sandbox.LIGHT)
-    process = start("run", "--all")
-    kernel = int(until(lambda: Path("kernel").exists() and Path("kernel").read_text()))
-    process.send_signal(signal.SIGINT)
+    process, kernel = interrupted(sandbox)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=90)[0]

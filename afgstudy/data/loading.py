@@ -49,7 +49,7 @@ def _check_options(source: Source, options: dict) -> None:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}; got {options['level']!r}")
 
 # %% ../../nbs/00_core/05_data/05_loading.ipynb #c07a
-def checked(name: str, split: str, n, seed, size, validation, options: dict) -> Source:
+def checked(name: str, split: str, n, seed, size, validation, balanced, options: dict) -> Source:
     "The source of a set, once the arguments of `load` make sense. Raises ValueError, TypeError."
     source = source_of(name)
     if split not in SPLITS:
@@ -62,17 +62,19 @@ def checked(name: str, split: str, n, seed, size, validation, options: dict) -> 
         raise ValueError(
             f"validation is a share below 1 or a number of images; got {validation!r} for split {split!r}"
         )
+    if not isinstance(balanced, bool):
+        raise ValueError(f"balanced must be True or False, got {balanced!r}")
     _check_options(source, options)
     return source
 
 # %% ../../nbs/00_core/05_data/05_loading.ipynb #c08d
-def on_device(device: object, balanced: object = False) -> torch.device:
-    "The device of this name (None: `default_device()`). Raises ValueError where it or `balanced` makes no sense."
-    if not isinstance(balanced, bool):
-        raise ValueError(f"balanced must be True or False, got {balanced!r}")
+def on_device(device: object) -> torch.device:
+    "The device of this name (None: `default_device()`). Raises ValueError where this machine has none."
+    if device is None:
+        return default_device()
     try:
-        return torch.empty(0, device=default_device() if device is None else device).device
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as e:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as e:  # a torch without CUDA asserts
         what = f"device must be one of this machine, such as 'cpu', got {device!r}"
         raise ValueError(f"{what}: {str(e).partition(chr(10))[0]}") from e
 
@@ -134,7 +136,7 @@ def load(
     Raises MissingDataset, DamagedDataset, ValueError (arguments that make no sense), TypeError (unknown
     options) and OSError (files that cannot be read).
     """
-    source, device = checked(name, split, n, seed, size, validation, options), on_device(device, balanced)
+    source, device = checked(name, split, n, seed, size, validation, balanced, options), on_device(device)
     size = size or source.size or 224
     resize = short_side(size, options)
     check_memory(name, split, (n or 0) if source.embedded else 0, size)

@@ -167,7 +167,7 @@ def stream(
     **options,  # resize, level, held_out
 ) -> Stream:
     "The same images as `load` with the same arguments, read as needed. Raises as `load`, and for sets of arrays."
-    source, device = checked(name, split, n, seed, size, validation, options), on_device(device, balanced)
+    source, device = checked(name, split, n, seed, size, validation, balanced, options), on_device(device)
     resize = short_side(size, options)
     if source.size and not name.startswith("folder:"):
         raise ValueError(f"{name} fits in memory: use load({name!r})")
