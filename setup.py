@@ -12,7 +12,7 @@ cfg = settings["DEFAULT"]
 
 CARRIED = ("data/published/*.csv", "nbs/experiments/**/*.ipynb", "nbs/experiments/presets/**/*.yaml")
 EXTRAS = {
-    name: cfg[f"{name}_requirements"].split() for name in ("study", "attacks", "plots", "hub", "ray", "dask", "dev")
+    name: cfg[f"{name}_requirements"].split() for name in ("study", "attacks", "plots", "hub", "ray", "dask", "peers", "dev")
 }
 EXTRAS["study"] += EXTRAS["attacks"] + EXTRAS["plots"]
 EXTRAS["dev"] += EXTRAS["study"]
