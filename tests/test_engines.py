@@ -139,7 +139,8 @@ def test_make_gpu_says_that_there_is_none_and_shares_out_the_time_where_there_is
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
         words = ["make", "--no-print-directory", "-o", "setup", "gpu", f"BIN={tmp_path}", "MINUTES=1"]
-        outer = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}  # the tests may run in make
+        # the tests may run in a make, whose flags would reach this one
+        outer = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
         return subprocess.run(words, cwd=Path(__file__).parents[1], env=outer, capture_output=True, text=True)
 
     none = make(has_gpu=False, seconds=0)
