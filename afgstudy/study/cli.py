@@ -341,13 +341,14 @@ def plan_(names: tuple[str, ...], preset: str, given: dict[str, Any], as_json: b
     """The jobs of a study, each with its command and what it needs of a machine.
 
     NAMES are names or patterns ('aalp/*'); none: all that have the preset. A job's command gives the same
-    result on any machine with the same code, data and libraries.
+    result on any machine with the same code, data and libraries. A job is best started after those under
+    "after", which build what it shares with them.
     """
     import json
     from dataclasses import asdict
 
     from afgstudy.study.execute import needs_of_machine
-    from afgstudy.study.planning import plan, state_of
+    from afgstudy.study.planning import plan, shared_first, state_of
 
     jobs = [
         {
@@ -358,8 +359,9 @@ def plan_(names: tuple[str, ...], preset: str, given: dict[str, Any], as_json: b
             "state": state_of(j).name,
             "resources": asdict(needs_of_machine(j)),
             "command": _command(j, given),
+            "after": [other.experiment for other in after],
         }
-        for j in plan(names, preset, given)
+        for j, after in shared_first(plan(names, preset, given))
     ]
     if as_json:
         click.echo(json.dumps(jobs, indent=1))
