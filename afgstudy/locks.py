@@ -49,9 +49,9 @@ def is_shared(path: Path) -> bool:
 
 def lock_for(
     path: Path,  # the file that locks
-    lease: float = LEASE,  # seconds; the same for all who ask
+    lease: float | None = None,  # seconds, the same for all who ask; None: `LEASE`
 ) -> BaseFileLock:
     "A lock with the interface of `filelock`: the operating system's, or a lease on a folder that machines share."
     if is_shared(path):
-        return SoftFileLease(path.with_name(f"{path.name}.lease"), lease_duration=lease)
+        return SoftFileLease(path.with_name(f"{path.name}.lease"), lease_duration=lease or LEASE)
     return FileLock(path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TENSORS', 'MANIFEST', 'Build', 'log', 'ASKED', 'NOWHERE', 'Artifact', 'CorruptArtifact', 'DiskFull', 'room_for',
-           'Store', 'locked', 'NoStore']
+           'Store', 'BeingBuilt', 'lock_of', 'locked', 'NoStore']
 
 # %% ../nbs/00_core/01_store.ipynb #c02
 import errno
@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from afgstudy.keys import (
     canonical,
@@ -35,6 +35,7 @@ from afgstudy.keys import (
     runs_root,
     surroundings,
 )
+from .locks import lock_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,14 +214,23 @@ class Store:
         with locked(folder):
             if found := self._load(folder, mend=True):
                 return found
-            scratch = folder.with_name(f".{folder.name}.scratch")
-            with room_for(folder, 0):
-                scratch.mkdir(parents=True, exist_ok=True)
-                tensors, manifest = _built(kind, key, spec, build, scratch)
-            with room_for(folder, sum(t.nbytes for t in tensors.values()) + 65536):
-                _write(folder, tensors, manifest | _origin())
-            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                self._build(folder, kind, key, spec, build)
+            except Exception:
+                if not folder.exists():
+                    raise
+                # this process stood still for so long that another took its lease over and has built it
             return _read(folder)
+
+    def _build(self, folder: Path, kind: str, key: str, spec: dict, build: Build) -> None:
+        "Build in the scratch folder, which is removed when the artifact is in its place."
+        scratch = folder.with_name(f".{folder.name}.scratch")
+        with room_for(folder, 0):
+            scratch.mkdir(parents=True, exist_ok=True)
+            tensors, manifest = _built(kind, key, spec, build, scratch)
+        with room_for(folder, sum(t.nbytes for t in tensors.values()) + 65536):
+            _write(folder, tensors, manifest | _origin())
+        shutil.rmtree(scratch, ignore_errors=True)
 
     def ls(self) -> list[Artifact]:
         "All artifacts, newest first, without their tensors."
@@ -246,16 +256,28 @@ class Store:
         return found[0]
 
 # %% ../nbs/00_core/01_store.ipynb #c15
+class BeingBuilt(BaseException):
+    "Another process builds the artifact in this folder. No failure, so no `except Exception` takes it for one."
+
+
+def lock_of(folder: Path) -> BaseFileLock:
+    "The lock of an artifact."
+    return lock_for(folder.with_name(f".{folder.name}.lock"))
+
+
 @contextmanager
 def locked(folder: Path):
-    "Hold the lock of an artifact; say so when another process has it."
+    "Hold the lock of an artifact. If another process has it: wait, and `BeingBuilt` after `AFGSTUDY_PATIENCE` seconds."
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = lock_of(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         log.warning("waiting for another process that builds %s/%s", folder.parent.name, folder.name[:12])
-        lock.acquire()
+        try:
+            lock.acquire(timeout=float(os.environ.get("AFGSTUDY_PATIENCE", -1)))
+        except Timeout:
+            raise BeingBuilt(str(folder)) from None
     try:
         yield
     finally:

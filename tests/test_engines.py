@@ -139,7 +139,7 @@ def test_make_gpu_says_that_there_is_none_and_shares_out_the_time_where_there_is
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
         words = ["make", "--no-print-directory", "-o", "setup", "gpu", f"BIN={tmp_path}", "MINUTES=1"]
-        outer = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}  # as if not in a make
+        outer = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}  # of a make above
         return subprocess.run(words, cwd=Path(__file__).parents[1], env=outer, capture_output=True, text=True)
 
     none = make(has_gpu=False, seconds=0)
@@ -216,6 +216,65 @@ def test_without_forks_the_records_are_the_same(sandbox, monkeypatch):
     monkeypatch.setenv("AFGSTUDY_WARM", "0")
     sandbox("run toy --force")
     assert (job.folder / "record.json").read_text() == warm
+
+
+# --- shared artifacts ---
+
+# Takes an artifact that is built once; the build ends when somebody says so.
+SHARES = """
+import os, time, torch
+from afgstudy.store import Store
+
+def build(scratch):
+    with open("built", "a") as file:
+        print(os.getpid(), file=file)
+    while not os.path.exists("go"):
+        time.sleep(0.1)
+    return {"x": torch.zeros(1)}
+
+kept = Store().get("model", {"arch": "shared"}, build)
+"""
+SAYS_GO = "from pathlib import Path\nPath('go').touch()"
+
+
+@pytest.mark.parametrize("name", ["local", "dask"])
+def test_no_worker_waits_for_what_another_one_builds(sandbox, monkeypatch, name):
+    "Two runs want one artifact, whose build ends when a third has run: on two workers, none of which may wait."
+    if name != "local":
+        pytest.importorskip(PACKAGES[name])
+    monkeypatch.setenv("AFGSTUDY_PATIENCE", "0.2")
+    for run in ("a/one", "a/two"):
+        sandbox.write(run, SHARES, COUNTS)
+    sandbox.write("b/other", SAYS_GO, COUNTS)
+    said = sandbox(f"run --all -j 2 --timeout 100 --engine {name}")
+    assert "3 done" in said and "waiting" not in said
+    assert len(Path("built").read_text().split()) == 1 and not list(sandbox.runs.rglob("*.part"))
+
+
+def test_a_held_run_ends_with_the_others_when_time_is_up(sandbox, monkeypatch):
+    monkeypatch.setenv("AFGSTUDY_PATIENCE", "0.2")
+    for run in ("a/one", "a/two"):
+        sandbox.write(run, SHARES, COUNTS)
+    assert "2 interrupted" in sandbox("run --all -j 2 --within 15")
+    assert len(Path("built").read_text().split()) == 1 and not list(sandbox.runs.rglob("*.part"))
+
+
+def test_jobs_that_share_an_artifact_are_ordered_by_what_their_records_say(sandbox):
+    "The first of those that share builds it; the others come last, and are told after whom."
+    Path("go").touch()
+    sandbox.write("a/alone", COUNTS)
+    save = "from afgstudy.study.experiment import Experiment, parameters_of\n"
+    save += "exp = Experiment('{}', parameters_of(globals()))"
+    for run in ("b/figure", "b/table"):
+        row = "exp.row('digits', 'none', 'none', measured=1.0, n=1)\nexp.save()"
+        sandbox.write(run, save.format(run), SHARES, row)
+    told = {j["experiment"]: j["after"] for j in json.loads(sandbox("plan --json"))}
+    assert list(told.items()) == [("a/alone", []), ("b/figure", []), ("b/table", [])]  # nothing is known so far
+    sandbox("run --all")
+    for run in ("a/alone", "b/figure", "b/table"):
+        sandbox.write(run, "changed = 1", COUNTS)
+    told = {j["experiment"]: j["after"] for j in json.loads(sandbox("plan --json"))}
+    assert list(told.items()) == [("b/figure", []), ("a/alone", []), ("b/table", ["b/figure"])]
 
 
 # --- Ray and Dask ---

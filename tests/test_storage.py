@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -52,6 +55,49 @@ def scratch_of(digits: str, size: int = 10) -> Path:
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(os.urandom(size))
     return folder
+
+
+# --- several machines ---
+
+# Builds as a process of another machine, which nobody here can know to be alive, and stands still in the middle.
+FAR = """
+import os, signal, socket
+import torch
+socket.gethostname = lambda: "another-machine"
+from afgstudy import locks
+from afgstudy.store import Store
+locks.LEASE = 3.0
+
+def build(scratch):
+    (scratch / "checkpoint").write_text("half")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    (scratch / "checkpoint").write_text("whole")
+    return {"x": torch.ones(1)}
+
+print(Store().get("model", {"arch": "shared"}, build).tensors["x"].item())
+"""
+
+
+@pytest.mark.parametrize("then", [signal.SIGKILL, signal.SIGCONT], ids=["dies", "wakes up too late"])
+def test_a_builder_on_another_machine_goes_down_and_its_lease_is_taken_over(runs, monkeypatch, then):
+    monkeypatch.setenv("AFGSTUDY_LOCKS", "lease")
+    monkeypatch.setattr("afgstudy.locks.LEASE", 3.0)
+    far = subprocess.Popen([sys.executable, "-c", FAR], stdout=subprocess.PIPE, text=True)
+    while "State:\tT" not in Path(f"/proc/{far.pid}/status").read_text():
+        time.sleep(0.1)
+    if then == signal.SIGKILL:
+        far.kill()
+    began, left = time.monotonic(), []
+
+    def build(scratch):
+        left.append((scratch / "checkpoint").read_text())
+        return {"x": torch.zeros(1)}
+
+    assert Store().get("model", {"arch": "shared"}, build).tensors["x"].item() == 0
+    assert left == ["half"] and time.monotonic() - began > 1.5  # not before the lease was over
+    far.send_signal(then)
+    assert far.communicate(timeout=60)[0] == ("0.0\n" if then == signal.SIGCONT else "")
+    assert far.returncode == (0 if then == signal.SIGCONT else -signal.SIGKILL)
 
 
 # --- what nobody needs ---

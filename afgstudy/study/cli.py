@@ -341,13 +341,14 @@ def plan_(names: tuple[str, ...], preset: str, given: dict[str, Any], as_json: b
     """The jobs of a study, each with its command and what it needs of a machine.
 
     NAMES are names or patterns ('aalp/*'); none: all that have the preset. A job's command gives the same
-    result on any machine with the same code, data and libraries.
+    result on any machine with the same code, data and libraries. A job is best started after those under
+    "after", which build what it shares with them.
     """
     import json
     from dataclasses import asdict
 
     from afgstudy.study.execute import needs_of_machine
-    from afgstudy.study.planning import plan, state_of
+    from afgstudy.study.planning import plan, shared_first, state_of
 
     jobs = [
         {
@@ -358,8 +359,9 @@ def plan_(names: tuple[str, ...], preset: str, given: dict[str, Any], as_json: b
             "state": state_of(j).name,
             "resources": asdict(needs_of_machine(j)),
             "command": _command(j, given),
+            "after": [other.experiment for other in after],
         }
-        for j in plan(names, preset, given)
+        for j, after in shared_first(plan(names, preset, given))
     ]
     if as_json:
         click.echo(json.dumps(jobs, indent=1))
@@ -488,6 +490,8 @@ def _in_full(factory: str) -> str:
     "A factory with the absolute paths of its files, since a run has a folder of its own; the rest as it is."
     from afgstudy.judge.words import Factory
 
+    if factory.endswith(".safetensors") and ":" not in factory:
+        factory = f"afgstudy.judge.strangers:network_of={factory}"
     given = Factory.of(factory)
     place = str(Path(given.place).resolve()) if given.place.endswith(".py") else given.place
     text = str(Path(given.text).resolve()) if given.text and Path(given.text).exists() else given.text
@@ -547,8 +551,8 @@ def judge(
     """Put a defence of your own on trial.
 
     FACTORY is FILE.py:NAME or MODULE:NAME, a function that returns a model (images in [0, 1] to logits) or a
-    defence (images to a Verdict); NAME=TEXT calls it with a text, such as a file of weights or the name of a
-    published defence: afgstudy.hub:load_defence=aalp-mnist.
+    defence (images to a Verdict); NAME=TEXT calls it with a text, such as the name of a published defence:
+    afgstudy.hub:load_defence=aalp-mnist. A FILE.safetensors that names its network needs no function.
     """
     from afgstudy.judge.subject import DefenceError
 

@@ -26,14 +26,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
+from filelock import BaseFileLock, Timeout
 from tqdm import tqdm
 
 import afgstudy
 from ..engines import Engine, Local, Resources, own_gpus, saying, stopped
 from ..keys import StudyError, device_kind, differences, fsync, write_whole
 from ..locks import lock_for
-from .planning import Job, finished, job_here, progress_of
+from ..store import lock_of
+from .planning import Job, finished, job_here, progress_of, shared_first
 from .warm import Handle, Stock, possible
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex06
@@ -94,6 +95,7 @@ def environment(job: Job) -> dict[str, str]:
     "The environment of worker and kernel."
     caps = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     own = {
+        "AFGSTUDY_PATIENCE": os.environ.get("AFGSTUDY_PATIENCE", "5"),  # seconds; see the store
         "AFGSTUDY_RUN_DIR": str(job.part),
         "AFGSTUDY_RUNS": job.runs,
         "IPYTHONDIR": str(job.part / ".jupyter" / "ipython"),
@@ -165,7 +167,7 @@ def _start(job: Job, log: Any) -> subprocess.Popen | Handle:
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex17b
 def attend(job: Job) -> tuple[str, str]:
-    "Start the worker and wait for it: ('done' | 'failed' | 'interrupted', message). Always leaves it ended."
+    "Start the worker and wait for it: ('done' | 'failed' | 'waiting' | 'interrupted', message). It has ended then."
     with open(job.part / "log.txt", "ab") as log:
         process = _start(job, log)
     deadline = time.monotonic() + job.timeout if job.timeout else float("inf")
@@ -185,6 +187,8 @@ def _verdict(job: Job, code: int | None) -> tuple[str, str]:
         return ("interrupted", "") if stopped() else ("failed", f"timed out after {job.timeout:g} s")
     if code == 0:
         return "done", ""
+    if (job.part / "waits.txt").exists():
+        return "waiting", (job.part / "waits.txt").read_text()
     with suppress(OSError, IndexError):
         return "failed", (job.part / "error.txt").read_text().splitlines()[0]
     return "failed", f"the worker died with {exit_text(code)}; see log.txt"
@@ -239,7 +243,7 @@ class Outcome:
     "What became of a job."
 
     job: Job
-    state: str  # "done", "present" (finished earlier), "failed", "interrupted"
+    state: str  # "done", "present" (finished earlier), "failed", "interrupted", or "waiting" for what `message` names
     message: str = ""
     seconds: float = 0.0
     files: dict[str, bytes] = field(default_factory=dict, repr=False)  # what a run on another machine left
@@ -347,7 +351,7 @@ def fulfil(order: Order) -> Outcome:
         return Outcome(job, "failed", f"{where} would compute something else, different are: {', '.join(changed)}")
     with _telling(job):
         outcome = run(job)
-    left = [p for p in job.folder.rglob("*") if p.is_file()] if outcome.state != "interrupted" else []
+    left = [p for p in job.folder.rglob("*") if p.is_file()] if outcome.state in ("done", "present", "failed") else []
     return replace(outcome, files={p.relative_to(job.folder).as_posix(): p.read_bytes() for p in left})
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex27ba1
@@ -388,44 +392,74 @@ def _outcome(future: Future, job: Job) -> Outcome:
         return Outcome(job, "failed", f"{type(error).__name__}: {text[-1] if text else ''}")
     return receive(job, future.result())
 
+# %% ../../nbs/60_study/04_execute.ipynb #ex29t
+@dataclass(eq=False)
+class _Turn:
+    "A job on its way."
 
-def _settle(futures: dict[Future, Job], engine: Engine) -> None:
-    "Stop everything that runs and wait for its end, whatever the user presses."
-    while True:
+    job: Job
+    future: Future | None = None  # the engine's
+    outcome: Outcome | None = None  # when all is over
+    lock: BaseFileLock | None = None  # of the artifact that it waits for
+    since: float = 0.0
+
+    def take(self, outcome: Outcome) -> None:
+        "Be over, or held."
+        if outcome.state == "waiting":
+            self.future, self.lock, self.since = None, lock_of(Path(outcome.message)), time.monotonic()
+        else:
+            self.outcome = outcome
+
+    def may_go_on(self) -> bool:
+        "Whether what it waits for is built, or its builder gone."
+        if not Path(self.lock.lock_file).parent.is_dir():
+            return time.monotonic() - self.since > 30
         try:
-            engine.cancel(futures)
-            return wait([f for f in futures if engine.here and not f.cancelled()])
-        except KeyboardInterrupt:
-            _now.set()
+            with self.lock.acquire(timeout=0):
+                return True
+        except Timeout:
+            return False
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex29a
-def _where(future: Future, job: Job, engine: Engine) -> str:
+def _where(turn: _Turn, engine: Engine) -> str:
     "In which cell a run is: what the engine has heard, or what its folder on this machine says."
+    if not turn.future:
+        return f"{turn.job.experiment} waits"
     hear = getattr(engine, "progress", lambda future: "")
-    return (hear(future) if not engine.here else "") or progress_of(job)
+    return (hear(turn.future) if not engine.here else "") or progress_of(turn.job)
 
 
 class _TimeIsUp(Exception):
     "The seconds that the runs were given are over."
 
 
-def _await(
-    futures: dict[Future, Job], outcomes: dict[Future, Outcome], report: Callable, engine: Engine, end: float
-) -> None:
-    "Fill `outcomes` as the futures end; a bar for the whole names what is running and where it is."
-    pending = set(futures)
-    with tqdm(total=len(futures), unit="run", disable=None, leave=False) as bar:
-        while pending:
-            ended, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            if pending and not ended and time.monotonic() > end:
+def _ended(turns: list[_Turn], engine: Engine) -> list[_Turn]:
+    "Hand what was held and may go on to the engine again; the turns whose futures end in the next half second."
+    for turn in turns:
+        if not turn.future and turn.may_go_on():
+            turn.future = _submit(turn.job, engine)
+    futures = [turn.future for turn in turns if turn.future]
+    if not futures:
+        time.sleep(0.5)
+    done = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED).done
+    return [turn for turn in turns if turn.future in done]
+
+# %% ../../nbs/60_study/04_execute.ipynb #ex29b
+def _await(turns: Sequence[_Turn], engine: Engine, report: Callable, end: float) -> None:
+    "Give every turn its outcome; a bar for the whole names what is running and where it is."
+    with tqdm(total=len(turns), unit="run", disable=None, leave=False) as bar:
+        while pending := [turn for turn in turns if not turn.outcome]:
+            ended = _ended(pending, engine)
+            if not ended and time.monotonic() > end:
                 raise _TimeIsUp
-            for f in ended:
-                outcomes[f] = _outcome(f, futures[f])
-                with bar.external_write_mode():
-                    report(outcomes[f])
-                bar.update()
+            for turn in ended:
+                turn.take(_outcome(turn.future, turn.job))
+                if turn.outcome:
+                    with bar.external_write_mode():
+                        report(turn.outcome)
+                    bar.update()
             if not bar.disable:
-                bar.set_postfix_str(", ".join(filter(None, (_where(f, futures[f], engine) for f in pending))))
+                bar.set_postfix_str(", ".join(filter(None, (_where(t, engine) for t in pending if not t.outcome))))
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex31
 def needs_of_machine(job: Job) -> Resources:
@@ -444,14 +478,25 @@ def _submit(job: Job, engine: Engine) -> Future:
     return known
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex31a1
-def _after_ctrl_c(futures: dict[Future, Job], outcomes: dict[Future, Outcome], engine: Engine) -> list[Outcome]:
+def _settle(futures: list[Future], engine: Engine) -> None:
+    "Stop everything that runs and wait for its end, whatever the user presses."
+    while True:
+        try:
+            engine.cancel(futures)
+            return wait([f for f in futures if engine.here and not f.cancelled()])
+        except KeyboardInterrupt:
+            _now.set()
+
+
+def _after_ctrl_c(turns: Sequence[_Turn], engine: Engine) -> list[Outcome]:
     "End what runs; what became of every job. A remote task that was interrupted ends with some error of the engine's."
-    _settle(futures, engine)
-    for future, job in futures.items():
-        if future not in outcomes:
-            broke = future.done() and not future.cancelled() and future.exception()
-            outcomes[future] = Outcome(job, "interrupted") if broke else _outcome(future, job)
-    return [outcomes[f] for f in futures]
+    _settle([turn.future for turn in turns if turn.future], engine)
+    for turn in (t for t in turns if not t.outcome):
+        future, interrupted = turn.future, Outcome(turn.job, "interrupted")
+        broke = not future or (future.done() and not future.cancelled() and future.exception())
+        turn.take(interrupted if broke else _outcome(future, turn.job))
+        turn.outcome = turn.outcome or interrupted  # it was to be held
+    return [turn.outcome for turn in turns]
 
 # %% ../../nbs/60_study/04_execute.ipynb #ex31a2
 def execute_all(
@@ -466,17 +511,17 @@ def execute_all(
     jobs = [replace(j, threads=j.threads or share) for j in jobs]
     engine = engine or Local(workers)
     _wanted.update(m for j in jobs for m in j.needs.get("modules", {}))
-    futures: dict[Future, Job] = {}
-    outcomes: dict[Future, Outcome] = {}
+    turns = {id(job): _Turn(job) for job in jobs}
     try:
-        futures.update((_submit(j, engine), j) for j in jobs)
-        _await(futures, outcomes, report, engine, end)
+        for job, _ in shared_first(jobs):
+            turns[id(job)].future = _submit(job, engine)
+        _await(list(turns.values()), engine, report, end)
     except _TimeIsUp:
-        return _after_ctrl_c(futures, outcomes, engine)
+        return _after_ctrl_c(list(turns.values()), engine)
     except KeyboardInterrupt:
-        raise Interrupted(_after_ctrl_c(futures, outcomes, engine)) from None
+        raise Interrupted(_after_ctrl_c(list(turns.values()), engine)) from None
     finally:
         engine.close()
         close_stocks()
         _now.clear()
-    return [outcomes[f] for f in futures]
+    return [turn.outcome for turn in turns.values()]

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['dataset_fingerprint', 'weights_checksum', 'scientific_cells', 'ingredients', 'Job', 'remembering', 'plan', 'job_here',
            'check_run', 'finished', 'latest_run', 'State', 'earlier_runs', 'estimated_seconds', 'seconds_text',
-           'progress_of', 'is_locked', 'state_of', 'states']
+           'progress_of', 'is_locked', 'state_of', 'states', 'named_in', 'wanted_by', 'shared_first']
 
 # %% ../../nbs/60_study/02_planning.ipynb #pl02
 import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -418,3 +419,37 @@ def states(
                     yield name, preset, state_of(job)
                 except StudyError as e:
                     yield name, preset, State("broken", why=str(e))
+
+# %% ../../nbs/60_study/02_planning.ipynb #pl37
+def named_in(path: Path) -> set[str]:
+    "The keys of the artifacts that a record names. `StudyError` for one that cannot be read."
+    try:
+        provenance = json.loads(path.read_text()).get("provenance", {})
+        return {a["key"] for a in provenance.get("artifacts", [])}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise StudyError(f"{path} is no record, so what it rests on is unknown: {e}") from None
+
+
+def wanted_by(job: Job) -> set[str]:
+    "The artifacts that the newest record of the same experiment and preset names: a run's here, or the committed one."
+    here = sorted(job.folder.parent.glob("[!.]*/record.json"), key=_changed)
+    committed = Path(job.project) / "data" / "results" / job.preset / job.experiment / "record.json"
+    for record in [*reversed(here), committed]:
+        with suppress(OSError, StudyError):
+            return named_in(record)
+    return set()
+
+# %% ../../nbs/60_study/02_planning.ipynb #pl38
+def shared_first(jobs: Sequence[Job]) -> list[tuple[Job, list[Job]]]:
+    "The jobs in the order in which to start them, each with those that build what it shares."
+    wanted = [wanted_by(job) for job in jobs]
+    times = Counter(key for keys in wanted for key in keys)
+    shared = [{key for key in keys if times[key] > 1} for keys in wanted]
+    builders: dict[str, Job] = {}
+    turns: dict[int, tuple[int, list[Job]]] = {}  # 0: builds what others want, 1: shares nothing, 2: only takes
+    for i in sorted(range(len(jobs)), key=lambda i: -len(shared[i])):
+        turn = 1 if not shared[i] else 0 if shared[i] - builders.keys() else 2
+        after = {id(b): b for key in shared[i] if (b := builders.get(key))}
+        turns[i] = turn, list(after.values())
+        builders |= {key: jobs[i] for key in shared[i] - builders.keys()}
+    return [(jobs[i], turns[i][1]) for i in sorted(turns, key=lambda i: turns[i][0])]
