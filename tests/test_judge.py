@@ -366,6 +366,31 @@ def test_a_file_of_weights_is_judged_by_a_function_and_its_path(tmp_path, monkey
     assert broken.exit_code == 1 and "raised" in broken.output and "Traceback" not in broken.output
 
 
+def test_a_file_that_names_its_network_is_judged_by_its_path_alone(tmp_path, monkeypatch):
+    from afgstudy.judge.strangers import FOREIGN
+    from afgstudy.weights import ADVERTORCH, safetensors_bytes
+
+    theirs = FOREIGN["advertorch_lenet5"]()
+    file = tmp_path / "theirs.safetensors"
+    file.write_bytes(safetensors_bytes(theirs.state_dict(), ADVERTORCH[0].header))
+    monkeypatch.setenv("AFGSTUDY_RUNS", str(tmp_path / "runs"))
+    command = ["judge", str(file), "--dataset", "digits", "--eps", "0.1", "--budget", "0", "-n", "8"]
+    ran = CliRunner().invoke(main, command)
+    assert ran.exit_code == 0, ran.output
+    assert "On 8 test images of digits" in ran.output
+    smaller = {k: v[:5] if k.startswith("linear2") else v for k, v in theirs.state_dict().items()}
+    for content, why in {
+        safetensors_bytes(theirs.state_dict(), {}): "does not say which network",
+        safetensors_bytes(smaller, ADVERTORCH[0].header): "do not fit",
+        b"no tensors": "not a whole safetensors file",
+    }.items():
+        file.write_bytes(content)
+        broken = CliRunner().invoke(main, command)
+        assert broken.exit_code == 1 and why in broken.output and "Traceback" not in broken.output, broken.output
+    file.unlink()
+    assert "theirs.safetensors" in CliRunner().invoke(main, command).output
+
+
 def test_a_published_defence_is_judged_by_its_name(monkeypatch):
     import afgstudy.hub
 

@@ -490,6 +490,8 @@ def _in_full(factory: str) -> str:
     "A factory with the absolute paths of its files, since a run has a folder of its own; the rest as it is."
     from afgstudy.judge.words import Factory
 
+    if factory.endswith(".safetensors") and ":" not in factory:
+        factory = f"afgstudy.judge.strangers:network_of={factory}"
     given = Factory.of(factory)
     place = str(Path(given.place).resolve()) if given.place.endswith(".py") else given.place
     text = str(Path(given.text).resolve()) if given.text and Path(given.text).exists() else given.text
@@ -549,8 +551,8 @@ def judge(
     """Put a defence of your own on trial.
 
     FACTORY is FILE.py:NAME or MODULE:NAME, a function that returns a model (images in [0, 1] to logits) or a
-    defence (images to a Verdict); NAME=TEXT calls it with a text, such as a file of weights or the name of a
-    published defence: afgstudy.hub:load_defence=aalp-mnist.
+    defence (images to a Verdict); NAME=TEXT calls it with a text, such as the name of a published defence:
+    afgstudy.hub:load_defence=aalp-mnist. A FILE.safetensors that names its network needs no function.
     """
     from afgstudy.judge.subject import DefenceError
 
