@@ -109,5 +109,16 @@ def carry_mathjax(app, error) -> None:
     shutil.copytree(source, target, ignore=unused, dirs_exist_ok=True)
 
 
+def carry_bokeh(app, error) -> None:
+    "Copy Bokeh's script, which the pages with curves load, into the built site."
+    if error or app.builder.format != "html":
+        return
+    import bokeh
+
+    script = Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js"
+    shutil.copy2(script, Path(app.outdir) / "_static" / script.name)
+
+
 def setup(app):
     app.connect("build-finished", carry_mathjax)
+    app.connect("build-finished", carry_bokeh)

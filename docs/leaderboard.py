@@ -58,12 +58,17 @@ class Board:
         return [(DASH if e.defence == "none" else str(i), e) for i, e in enumerate(order, 1)]
 
 
+def short(flag: str) -> str:
+    "What a warning of AutoAttack found, without its advice, which is the same each time."
+    return flag.partition(". ")[0]
+
+
 def flags_of(record: Mapping, method: str) -> str:
     "What AutoAttack warned of in this record; says so where the record is older than that."
     if "attacks" not in record:
         return "not recorded"
     said = [flag for run in record["attacks"] if run["method"] == method for flag in run["flags"]]
-    return "; ".join(dict.fromkeys(said)) or "none"
+    return "; ".join(dict.fromkeys(map(short, said))) or "none"
 
 
 def entry_of(record: Mapping, method: str, page: str) -> Entry:
@@ -71,7 +76,7 @@ def entry_of(record: Mapping, method: str, page: str) -> Entry:
     rows = {(r["attack"], r["metric"]): r for r in record["rows"] if r["method"] == method}
     passes, time = (rows.get(("clean", metric)) for metric in ("passes an image", "time an image"))
     cost = [f"{passes['measured']:,.0f} pass{'' if passes['measured'] == 1 else 'es'}"] if passes else []
-    cost += [f"{time['measured']:,.1f} ms"] if time else []
+    cost += [f"{time['measured']:,.{0 if time['measured'] >= 100 else 1}f} ms"] if time else []
     adaptive = rows.get(("adaptive", "right"))
     return Entry(
         method,
@@ -93,9 +98,10 @@ def entry_of_model(name: str, about: Mapping) -> Entry:
         about["title"],
         network=", ".join(dict.fromkeys(n.get("name", n["type"]) for n in about["networks"].values())),
         clean=share(measured[0]),
-        adaptive=f"{share(measured[1])} ({attacked['attack']})",
+        adaptive=share(measured[1]),
         rejected=f"{clean.get('rejected', 0):.0f}",
-        flags="; ".join(attacked["flags"]) or "none",
+        flags=f"{attacked['attack']}: {'; '.join(map(short, attacked['flags'])) or 'none'}",
+        source=about.get("page", ""),
         models=[name],
         left=attacked["accuracy"],
     )

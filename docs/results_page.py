@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from radii import radius_of
+
 COLUMNS = (
     "paper",
     "table",
@@ -26,21 +28,14 @@ def number(value: float | None) -> str:
 
 
 def eps_of(record: dict, row: dict) -> str:
-    "The radius of a row: its own, the one its attack names, or the one its run had; a dash for clean images."
+    "The radius of a row as text, with its norm where that is not L-infinity; a dash where it has none."
     from afgstudy.study.report import radius_text
 
-    own, of_run = row.get("eps"), record["provenance"]["parameters"].get("eps")
-    if row["attack"] == "clean":
+    found = radius_of(record, row)
+    if found is None:
         return "–"
-    if isinstance(own or of_run, int | float) and not isinstance(own or of_run, bool):
-        return radius_text(own or of_run)
-    if isinstance(of_run, list) and isinstance(
-        sets := record["provenance"]["parameters"].get("datasets"), list
-    ):
-        return {s: radius_text(e) for s, e in zip(sets, of_run, strict=False)}.get(
-            str(row["dataset"]).split(",")[0], "–"
-        )
-    return "–"
+    norm, radius = found
+    return radius_text(radius) + (" (L2)" if norm == "l2" else "")
 
 
 def lines_of(experiment: str, preset: str, record: dict) -> Iterable[dict[str, str]]:

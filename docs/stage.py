@@ -467,11 +467,17 @@ def pictures(site: Site, result: Result) -> list[tuple[str, str]]:
     return [(name, path) for name, path in paths.items() if (site.root / path).is_file()]
 
 
-def result_page(site: Site, result: Result, source: str) -> None:
-    "The executed notebook under its preset's name; without one, the rows and figures of the record."
+def result_page(site: Site, result: Result, source: str, below: str = "") -> None:
+    "The executed notebook under its preset's name, or the rows and figures of the record; `below` follows a notebook."
     about = facts(site, result, source)
     if result.notebook:
-        site.notebook(result.notebook, result.page, lambda notebook: frame(notebook, result, about))
+
+        def complete(notebook: NotebookNode) -> None:
+            frame(notebook, result, about)
+            if below:
+                notebook.cells.append(markdown_cell(below, number=6))
+
+        site.notebook(result.notebook, result.page, complete)
     else:
         site.write(result.page, record_page(site, result, about))
 
@@ -537,12 +543,21 @@ def write_experiments(site: Site, sources: dict[str, str], runs: list[Result]) -
         room = pages.setdefault(name.partition("/")[0], [])
         ran = [r for r in runs if r.experiment == name]
         for result in ran:
-            result_page(site, result, sources.get(name, ""))
+            below = curves_on(result.page, runs) if name.startswith("summary/") else ""
+            result_page(site, result, sources.get(name, ""), below)
             room.append(result.page)
         if not ran:
             site.notebook(sources[name], site.shown_at[sources[name]], not_run)
             room.append(site.shown_at[sources[name]])
     return pages
+
+
+def curves_on(page: str, runs: list[Result]) -> str:
+    "The interactive curves of accuracy by radius, as they stand on a page."
+    import curves
+
+    drawn = [(r.preset, r.record, relative(r.page, page)) for r in runs if r.experiment in curves.SOURCES]
+    return curves.section(drawn, relative("_static", page))
 
 
 def short_title(site: Site, page: str) -> str:
@@ -683,6 +698,7 @@ def leaderboard_page(site: Site, runs: list[Result]) -> str:
         paths = [p.relative_to(site.root).as_posix() for p in here]
         for path in paths:
             carry(site, path)
+        about["page"] = next((r.page for r in runs if f"{r.preset}/{r.experiment}" == about["record"]), "")
         about["links"] = [(PurePosixPath(p).name, relative(f"files/{p}", "leaderboard.md")) for p in paths]
     summaries = [(r.preset, r.record, r.page) for r in runs if r.experiment.startswith("summary/")]
     site.write("leaderboard.md", leaderboard.page(summaries, models))

@@ -168,7 +168,7 @@ def test_leaderboard_ranks_by_what_an_informed_attacker_leaves(stage):
     first, second = (e for _, e in few.ranked()[:2])
     assert first.models == ["aalp-mnist"] and first.flags == "none" and second.flags == "stuck"
     assert first.clean == "97 [92, 100]" and first.rejected == "7 [3, 12]" and first.cost == "2 passes"
-    assert [e.models for e in large.entries] == [["aalp-large"]] and "PGD-100" in large.entries[0].adaptive
+    assert [e.models for e in large.entries] == [["aalp-large"]] and large.entries[0].flags == "PGD-100: none"
     text = leaderboard.page([("cpu", record, "summary.ipynb")], models)
     assert "## MNIST, L-infinity, eps 0.2" in text and "[aalp-mnist](#model-aalp-mnist)" in text
     assert "None is in this checkout" in leaderboard.page([], {})
@@ -179,7 +179,7 @@ def test_leaderboard_shows_every_defence_of_every_summary(project, site):
     for file in project.glob("data/results/*/summary/defences/record.json"):
         record = json.loads(file.read_text())
         for method in {r["method"] for r in record["rows"]} - {"none"}:
-            assert f"<td><p>{method}</p></td>" in text, (file, method)
+            assert f">{method}</span></a>" in text, (file, method)
         assert "eps " in text and "L-infinity" in text
 
 
@@ -202,6 +202,52 @@ def test_install_page_names_every_extra(project, site):
     text = (site / "install.html").read_text()
     for extra in ("study", "attacks", "plots", "hub", "ray", "dask"):
         assert f">{extra}</span>" in text, extra
+
+
+def radius_record(experiment: str, *rows: tuple[str, str, float]) -> dict:
+    "A record with rows of one method: attack, metric, measured."
+    of = dict(dataset="mnist", method="CAFD", published=None, low=0.0, high=100.0, n=60, seed=0, unit="%")
+    parameters = {"datasets": ["mnist", "cifar10"], "eps": [0.2, 8 / 255], "eps_l2": [2.0, 0.5]}
+    rows = [dict(of, attack=attack, metric=metric, measured=measured) for attack, metric, measured in rows]
+    return dict(experiment=experiment, rows=rows, provenance={"parameters": parameters, "device": {"name": "cpu"}})
+
+
+def test_a_row_shows_the_radius_it_was_attacked_with(stage):
+    import results_page
+
+    said = {
+        "PGD-20": "0.2",
+        "PGD-20, eps 0.1": "0.1",
+        "feature adversary, eps 8/255": "8/255",
+        "I: FGSM, 16/255": "16/255",
+        "DDN": "2 (L2)",
+        "PGD L2": "2 (L2)",
+        "DeepFool": "–",
+        "II: One-pixel": "–",
+        "noise as long as BIM": "–",
+        "clean": "–",
+    }
+    record = radius_record("cafd/epsilon", *((attack, "accuracy", 50.0) for attack in said))
+    assert {row["attack"]: results_page.eps_of(record, row) for row in record["rows"]} == said
+
+
+def test_curves_are_the_rows_of_a_record_by_radius(stage):
+    import curves
+
+    rows = [("clean", "accuracy, informed", 97.0)]
+    rows += [(f"PGD-20, eps {eps}", "accuracy, informed", left) for eps, left in ((0.2, 13.0), (0.1, 68.0))]
+    record = radius_record("cafd/epsilon", *rows)
+    (panel,) = curves.panels(record, "cpu")
+    (curve,) = panel.curves
+    assert panel.title == "mnist, adaptive, PGD-20" and list(panel.names()) == ["CAFD"]
+    assert [(p["radius"], p["measured"]) for p in curve.points] == [(0.0, 97.0), (0.1, 68.0), (0.2, 13.0)]
+    record["rows"][0]["n"] = 217  # other images: no point of this curve, which is then too short to be one
+    assert curves.panels(record, "cpu") == []
+    sceptic = [("PGD-10", f"accuracy at eps {eps}", 50.0) for eps in (0, 0.1, 0.3)]
+    assert len(curves.panels(radius_record("aalp/sceptic", *sceptic), "cpu")[0].curves[0].points) == 3
+    assert curves.section([], "_static") == ""
+    run = ("cpu", radius_record("aalp/sceptic", *sceptic), "x.html")
+    assert curves.section([run], "_static") == curves.section([run], "_static")
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -232,6 +278,26 @@ def test_pages_log_no_error_and_load_nothing_from_elsewhere(browser: Browser, si
         browser.open(address(site, page))
         assert browser.errors == [] and browser.requests, page
         assert all(r.startswith(("file:", "data:", "blob:")) for r in browser.requests), page
+
+
+SUMMARY = "experiments/summary/defences-cpu-mnist.html"
+INSIDE = """[...document.querySelectorAll('*')].reduce(function gather(found, e) {
+  if (!e.shadowRoot) return found;
+  return [...e.shadowRoot.querySelectorAll('*')].reduce(gather, [...found, ...e.shadowRoot.querySelectorAll('canvas')]);
+}, [])"""
+
+
+def test_curves_are_drawn_without_a_request_to_elsewhere(browser: Browser, site):
+    browser.errors.clear()
+    browser.requests.clear()
+    browser.open(address(site, SUMMARY), width=400)
+    browser.until("window.Bokeh && Bokeh.documents.length > 1")
+    browser.until(f"{INSIDE}.length >= Bokeh.documents.length")
+    assert browser.errors == [] and any(r.endswith("bokeh.min.js") for r in browser.requests)
+    assert all(r.startswith(("file:", "data:", "blob:")) for r in browser.requests)
+    assert browser.value("document.documentElement.scrollWidth") <= 400
+    legend = "Bokeh.documents[0].roots()[0].below.find((r) => r.click_policy)"
+    assert browser.value(f"{legend}.click_policy") == "hide" and browser.value(f"{legend}.items.length") > 1
 
 
 def test_search_finds_deepfool(browser: Browser, site):
@@ -299,6 +365,17 @@ def test_results_fit_the_window_and_keep_their_header(browser: Browser, site, wi
     browser.value(f"{box}.scrollTop = 400")
     top = f"document.querySelector('.results th').getBoundingClientRect().top - {box}.getBoundingClientRect().top"
     assert browser.value(f"{box}.scrollTop") == 400 and abs(browser.value(top)) <= 2
+
+
+def test_the_front_page_decides_on_a_phone(browser: Browser, site):
+    browser.open(address(site, "index.html"), width=400)
+    figure = "document.querySelector('article img').getBoundingClientRect()"
+    natural = "document.querySelector('article img').naturalWidth"
+    # text of ten points is drawn with at least nine pixels, and the whole figure fits the screen
+    assert browser.value(f"{figure}.width / {natural}") * 10 * 96 / 72 >= 9
+    assert browser.value(f"{figure}.right") <= 400 and browser.value(f"{figure}.bottom") <= 900
+    browser.open(address(site, "leaderboard.html"), width=1300)
+    assert browser.value("[...document.querySelectorAll('article tr')].every((r) => r.offsetHeight < 200)")
 
 
 def test_a_phone_can_read_it_and_dark_is_dark(browser: Browser, site):

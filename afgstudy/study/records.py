@@ -103,6 +103,8 @@ def changed_since(record: dict) -> str:
     about = record["provenance"]
     if not about.get("needs"):
         return "written before records listed what they needed"
+    if record["experiment"].startswith("benchmarks/"):
+        return "a benchmark, which is true of its day and machine"
     if not (experiments_root() / f"{record['experiment']}.ipynb").is_file():
         return "its notebook is gone"
     try:
@@ -152,8 +154,9 @@ def with_prose_of(
 
 
 def _source_of(name: str, project: Path | None = None) -> Path:
-    "The notebook of an experiment."
-    return (project or project_root()) / "nbs" / "experiments" / f"{name}.ipynb"
+    "The notebook of an experiment, or of a benchmark."
+    room = Path() if name.startswith("benchmarks/") else Path("experiments")
+    return (project or project_root()) / "nbs" / room / f"{name}.ipynb"
 
 # %% ../../nbs/60_study/05_records.ipynb #c24p
 def _check_preset(
