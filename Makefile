@@ -3,8 +3,7 @@
 #   make study   install, run every experiment on the embedded data, write the report
 #   make test    install, run every library notebook and all tests
 #   make test-elsewhere   the same as other processors would compute it: SSE4.1, AVX2 with two threads, this one
-#   make gpu     with a GPU: device tests, throughput, then the most valuable tables with the papers' settings, for
-#                MINUTES=10; again goes on from there
+#   make gpu     with a GPU: device tests, throughput, the most valuable tables, for MINUTES=10; again goes on from there
 #   make docs    build the site into _docs/html
 #   make data    download the real sets that can be downloaded without an account
 #   make lab     open JupyterLab on the notebooks

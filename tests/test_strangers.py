@@ -131,7 +131,7 @@ def test_a_folder_where_a_file_is_expected_is_one_line_on_the_command_line(sandb
 # ---------------------------------------------------------------- names that lead elsewhere, other versions
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/../../outside"])
+@pytest.mark.parametrize("name", ["../outside", "/var/outside", "a/../../outside"])
 def test_an_archive_unpacks_nothing_outside_its_folder(tmp_path, name):
     content = tmp_path / "content"
     content.write_text("x")
