@@ -3,7 +3,7 @@
 #   make study   install, run every experiment on the embedded data, write the report
 #   make test    install, run every library notebook and all tests
 #   make test-elsewhere   the same as other processors would compute it: SSE4.1, AVX2 with two threads, this one
-#   make gpu     with a GPU: the most valuable tables with the papers' settings, for MINUTES=10; again goes on from there
+#   make gpu     with a GPU: device tests, throughput, the most valuable tables, for MINUTES=10; again goes on from there
 #   make docs    build the site into _docs/html
 #   make data    download the real sets that can be downloaded without an account
 #   make lab     open JupyterLab on the notebooks
@@ -18,6 +18,8 @@ BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # An accelerator written in Python (tests/accelerator), which torch finds on this path.
 PRETEND := AFGSTUDY_DEVICE=npu PYTHONPATH=tests/accelerator $(ONE_THREAD)
+# Experiments on it: one of each room in every test, all of them elsewhere.
+FIVE := aalp/table4 two_stream/fig3_4 cafd/maps afg/table3 summary/yours
 TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 AFGSTUDY_TEST_THREADS=2
 
 # What torch and oneDNN are told to leave unused. Older processors than this one are emulated, newer ones cannot be.
@@ -36,21 +38,24 @@ study: setup
 	@$(BIN)/afgstudy report --preset $(PRESET)
 
 # The most valuable first. What the time does not reach stays as it is; a training goes on where it was ended.
-ON_A_GPU := aalp/table2:paper aalp/table2:paper-cifar10 afg/table2:paper cafd/unseen:paper two_stream/table2:paper
+ON_A_GPU := benchmarks/throughput:gpu aalp/table2:paper aalp/table2:paper-cifar10 afg/table2:paper cafd/unseen:paper two_stream/table2:paper
 
 gpu: setup
 	@$(BIN)/python -c "from afgstudy.engines import gpus; raise SystemExit(not gpus())" || \
 	  { echo "make gpu: torch finds no GPU on this machine that it could use; nothing was run"; exit 2; }
 	@end=$$(( $$(date +%s) + 60 * $(MINUTES) )); status=0; \
+	$(BIN)/python -m pytest tests/test_cuda.py || status=1; \
 	for each in $(ON_A_GPU); do \
 	  left=$$(( end - $$(date +%s) )); [ $$left -gt 0 ] || break; \
-	  $(BIN)/afgstudy run $${each%:*} --preset $${each#*:} --within $$left || status=1; \
+	  case $$each in benchmarks/*) room=nbs;; *) room=nbs/experiments;; esac; \
+	  AFGSTUDY_EXPERIMENTS=$$room $(BIN)/afgstudy run $${each%:*} --preset $${each#*:} --within $$left || status=1; \
 	done; exit $$status
 
 test: setup
 	$(ONE_THREAD) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)
 	$(ONE_THREAD) $(BIN)/python -m pytest
-	$(PRETEND) $(BIN)/python -m pytest tests/accelerator
+	$(PRETEND) $(BIN)/python -m pytest tests/accelerator tests/test_cuda.py
+	@runs=$$(mktemp -d); $(PRETEND) AFGSTUDY_RUNS=$$runs $(BIN)/afgstudy run $(FIVE); status=$$?; rm -rf $$runs; exit $$status
 
 test-elsewhere: setup test-sse41-notebooks
 	$(SSE41) $(BIN)/python -m pytest
@@ -58,6 +63,7 @@ test-elsewhere: setup test-sse41-notebooks
 	$(AVX2) $(BIN)/python -m pytest
 	$(ONE_THREAD) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)
 	$(ONE_THREAD) AFGSTUDY_THOROUGH=1 $(BIN)/python -m pytest
+	@runs=$$(mktemp -d); $(PRETEND) AFGSTUDY_RUNS=$$runs $(BIN)/afgstudy run --all; status=$$?; rm -rf $$runs; exit $$status
 
 test-sse41-notebooks: setup
 	$(SSE41) $(LIBRARY_NOTEBOOKS) --n_workers $(JOBS)

@@ -11,9 +11,8 @@ settings.read("settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 
 CARRIED = ("data/published/*.csv", "nbs/experiments/**/*.ipynb", "nbs/experiments/presets/**/*.yaml")
-EXTRAS = {
-    name: cfg[f"{name}_requirements"].split() for name in ("study", "attacks", "plots", "hub", "ray", "dask", "dev")
-}
+NAMES = ("study", "attacks", "plots", "hub", "ray", "dask", "peers", "dev")
+EXTRAS = {name: cfg[f"{name}_requirements"].split() for name in NAMES}
 EXTRAS["study"] += EXTRAS["attacks"] + EXTRAS["plots"]
 EXTRAS["dev"] += EXTRAS["study"]
 

@@ -1,6 +1,8 @@
 """CAFD: class activation features, the attack, the denoiser and its losses, training, the defence, the baselines."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -440,6 +442,22 @@ def test_an_interrupted_training_ends_in_the_same_numbers(digits, pairs, tmp_pat
         fit_purifier(
             Denoiser(1, 1 / 16, seed=5), target, train, images, PurifierLoss(), recipe, tmp_path / "c.pt"
         )
+
+
+def test_mixed_precision_is_of_the_forward_passes_alone(digits, pairs):
+    target, train, _ = digits
+    seen = {"float32": [], "bfloat16": []}
+    for precision, kinds in seen.items():
+        net = Denoiser(1, 1 / 16, seed=0)
+        layer = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+        hook = layer.register_forward_hook(partial(lambda kinds, m, x, out: kinds.append(out.dtype), kinds))
+        fit_purifier(net, target, train, pairs, PurifierLoss(), replace(QUICK, epochs=1, precision=precision))
+        hook.remove()
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+        assert net(train.images(slice(0, 2))).dtype == torch.float32
+    assert {k: set(v) for k, v in seen.items()} == {"float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+    with pytest.raises(ValueError, match="precision must be 'float32' or 'bfloat16', got 'half'"):
+        PurifierRecipe(precision="half")
 
 
 def test_fresh_images_are_not_stored_ones(digits, pairs):

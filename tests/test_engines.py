@@ -132,10 +132,11 @@ def test_runs_end_when_the_time_is_up_and_that_is_no_failure(sandbox):
 
 
 def test_make_gpu_says_that_there_is_none_and_shares_out_the_time_where_there_is(tmp_path):
-    "With commands that stand in for python (is there a GPU?) and afgstudy (which tells what it was asked)."
+    "With commands that stand in for python (is there a GPU? the device tests) and afgstudy (tells what it was asked)."
 
     def make(has_gpu: bool, seconds: float) -> subprocess.CompletedProcess:
-        for name, text in {"python": f"exit {int(not has_gpu)}", "afgstudy": f"echo $*; sleep {seconds}"}.items():
+        tells = f'echo $* in $AFGSTUDY_EXPERIMENTS; sleep {seconds}'
+        for name, text in {"python": f"echo $2 $3; exit {int(not has_gpu)}", "afgstudy": tells}.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
         words = ["make", "--no-print-directory", "-o", "setup", "gpu", f"BIN={tmp_path}", "MINUTES=1"]
@@ -143,11 +144,13 @@ def test_make_gpu_says_that_there_is_none_and_shares_out_the_time_where_there_is
         return subprocess.run(words, cwd=Path(__file__).parents[1], env=outer, capture_output=True, text=True)
 
     none = make(has_gpu=False, seconds=0)
-    assert none.returncode == 2 and "finds no GPU" in none.stdout and "run" not in none.stdout.split("nothing")[0]
+    assert none.returncode == 2 and "finds no GPU" in none.stdout and "pytest" not in none.stdout
     there = make(has_gpu=True, seconds=1.1)
-    asked = [line.split() for line in there.stdout.splitlines()]
-    assert there.returncode == 0 and [a[1] for a in asked][:3] == ["aalp/table2", "aalp/table2", "afg/table2"]
-    left = [int(a[-1]) for a in asked]
+    _, tests, *asked = [line.split() for line in there.stdout.splitlines()]
+    assert there.returncode == 0 and tests == ["pytest", "tests/test_cuda.py"]
+    assert [a[1] for a in asked][:4] == ["benchmarks/throughput", "aalp/table2", "aalp/table2", "afg/table2"]
+    assert [a[-1] for a in asked][:2] == ["nbs", "nbs/experiments"]
+    left = [int(a[-3]) for a in asked]
     assert 50 < left[0] <= 60 and left == sorted(left, reverse=True) and left[0] > left[-1]
 
 

@@ -98,7 +98,8 @@ def test_library_notebooks_are_committed_executed_and_light(project):
 def test_committed_runs_carry_the_text_of_their_notebooks(project):
     for executed in sorted((project / "data" / "results").rglob("notebook.ipynb")):
         name = executed.parent.relative_to(project / "data" / "results").as_posix().partition("/")[2]
-        written = (project / "nbs" / "experiments" / f"{name}.ipynb").read_text()
+        room = "nbs" if name.startswith("benchmarks/") else "nbs/experiments"
+        written = (project / room / f"{name}.ipynb").read_text()
         text = executed.read_text()
         assert with_prose_of(text, written) + "\n" == text, (
             f"{name}: `afgstudy publish --prose` brings it up to date"

@@ -115,10 +115,11 @@ def _standing(name: str, preset: str, state):  # -> planning.State
 
 def _needs(name: str, preset: str, blocked: bool) -> str:
     "The data (of a blocked run) and the weights that are not here, each with the command that gets it; or nothing."
+    from afgstudy.keys import experiments_root
     from afgstudy.study.parameters import full_parameters
     from afgstudy.study.planning import _words, weights_checksum
 
-    values = full_parameters(name, preset)
+    values = full_parameters(name, preset, path=experiments_root() / f"{name}.ipynb")
     sets = [n for n in _words(values, "dataset", "datasets") if not _is_here(n)] if blocked else []
     files = [n for n in _words(values, "weights") if n not in ("default", "train")]
     lacking = [f"{n}: afgstudy data get {n}" if ":" not in n else f"{n}: a folder of yours" for n in sets]

@@ -9,12 +9,13 @@ __all__ = ['experiments', 'select', 'Cell', 'Notebook', 'read_notebook', 'title_
 
 # %% ../../nbs/60_study/01_parameters.ipynb #pa02
 import ast
+import copy
 import json
 import math
 import re
 import tokenize
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from io import StringIO
@@ -87,7 +88,9 @@ def _notebook(path: Path, size: int, changed: int) -> Notebook:
         return Notebook(tuple(map(_cell, data["cells"])))
     except KeyError as e:
         raise StudyError(f"{path.name} is not a notebook: {e} is missing") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+    except OSError as e:
+        raise StudyError(f"{path.name} cannot be read: {e.strerror}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise StudyError(f"{path.name} is not a notebook: {str(e).partition(chr(10))[0]}") from None
 
 # %% ../../nbs/60_study/01_parameters.ipynb #pa10a
@@ -180,15 +183,21 @@ def _parameter(node: ast.stmt, line: str) -> Parameter:
         ) from None
 
 # %% ../../nbs/60_study/01_parameters.ipynb #pa18
+@lru_cache(maxsize=256)  # every preset of an experiment asks for the same
+def _defined_in(source: str) -> tuple[Parameter, ...]:
+    "The parameters that a cell's source defines."
+    lines = source.splitlines()
+    text = lambda node: "\n".join(lines[node.lineno - 1 : node.end_lineno])  # noqa: E731
+    return tuple(_parameter(node, text(node)) for node in ast.parse(source).body)
+
+
 def parameters_in(
     path: Path,  # a notebook
 ) -> dict[str, Parameter]:
     "The parameters of an experiment, in their order. `StudyError` for a cell that papermill would misread."
     path = Path(path)
     try:
-        source = parameters_cell(read_notebook(path)).source
-        lines, body = source.splitlines(), ast.parse(source).body
-        found = [_parameter(node, "\n".join(lines[node.lineno - 1 : node.end_lineno])) for node in body]
+        found = _defined_in(parameters_cell(read_notebook(path)).source)
     except SyntaxError as e:
         raise StudyError(
             f"{path.name}: the parameters cell is not Python: {e.msg} (line {e.lineno})"
@@ -200,7 +209,7 @@ def parameters_in(
             f"{path.name}: papermill does not see the parameter {unseen[0]!r}; it wants one '=' in its line "
             'and types without | (write "Optional[int]")'
         )
-    return {p.name: p for p in found}
+    return {p.name: replace(p, default=copy.copy(p.default)) for p in found}
 
 # %% ../../nbs/60_study/01_parameters.ipynb #pa21
 _PLAIN = {
@@ -339,6 +348,8 @@ def read_preset(name: str, preset: str, folder: Path | None = None) -> dict[str,
     if check_preset_name(preset) == "smoke":
         return {}
     file = (folder or experiments_root()) / "presets" / preset / f"{name}.yaml"
+    if file.exists() and not file.is_file():
+        raise StudyError(f"presets/{preset}/{name}.yaml should be a file, and is a folder")
     if not file.is_file():
         raise StudyError(f"{name} has no preset {preset!r}: {nearest(preset, presets_of(name, folder))}")
     try:

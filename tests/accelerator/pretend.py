@@ -6,12 +6,11 @@ entry point beside this file wherever this folder is on PYTHONPATH, so also in t
 """
 
 import contextlib
-import itertools
+import functools
 import weakref
 from collections import Counter
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "npu"
@@ -55,11 +54,24 @@ class Elsewhere(torch.Tensor):
     def __reduce_ex__(self, protocol):
         return self.cpu().__reduce_ex__(protocol)
 
+    def __getitem__(self, index):
+        return super().__getitem__(_without_lists(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(_without_lists(index), value)
+
     def new_tensor(self, data, **options):
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device} | options)
 
     def __repr__(self, **_):
         return f"{NAME}({self.inner!r})"
+
+
+def _without_lists(index):
+    "An index with tensors of the CPU instead of lists: torch would look for a kernel of this device to make them with."
+    if isinstance(index, tuple):
+        return tuple(map(_without_lists, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 _Generator = torch.Generator
@@ -95,13 +107,18 @@ def _is_here(device: object) -> bool:
 
 
 def _inner(value):
-    return value.inner if isinstance(value, Elsewhere) else value
+    if isinstance(value, Elsewhere):
+        return value.inner
+    return type(value)(map(_inner, value)) if type(value) in (list, tuple) else value
 
 
 def _outer(value, owners: dict):
-    if not isinstance(value, torch.Tensor) or isinstance(value, Elsewhere):
-        return value
-    return owners[id(value)] if id(value) in owners else Elsewhere(value)
+    "The same with tensors of the device; what an operation changes in place comes back as the tensor it was."
+    if isinstance(value, torch.Tensor):
+        if isinstance(value, Elsewhere):
+            return value
+        return owners[id(value)] if id(value) in owners else Elsewhere(value)
+    return type(value)(_outer(v, owners) for v in value) if type(value) in (list, tuple) else value
 
 
 def _masks(indices) -> bool:
@@ -136,18 +153,27 @@ def _reason(name: str, args: tuple) -> str | None:
     return "copy" if into_the_host else None
 
 
+def _tensors(values):
+    "The tensors among the arguments of an operation."
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 def _refuse(name: str, args: tuple, kwargs: dict) -> None:
     "Raise where CUDA would: tensors of two devices, or a generator of another device."
     if name in COPIES:
         return
-    looked_at = (args[0], args[2:]) if name in INDEXED and isinstance(args[0], Elsewhere) else args
-    for tensor in tree_flatten((looked_at, kwargs))[0]:
-        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, Elsewhere) and tensor.ndim:
+    looked_at = (args[0], *args[2:]) if name in INDEXED and isinstance(args[0], Elsewhere) else args
+    for tensor in _tensors((*looked_at, *kwargs.values())):
+        if not isinstance(tensor, Elsewhere) and tensor.ndim:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"{NAME}:0 and {tensor.device}! (when checking {name})"
             )
-    for value in itertools.chain(args, kwargs.values()):
+    for value in (*args, *kwargs.values()):
         if isinstance(value, _Generator) and value._cdata not in _OWN:
             raise RuntimeError(
                 f"Expected a '{NAME}' device type for generator but found '{value.device.type}'"
@@ -166,13 +192,19 @@ def _own_generator():
         torch.set_rng_state(before)
 
 
+@functools.cache
+def _facts(op) -> tuple[str, bool]:
+    "The name of an operation, and whether it draws random numbers."
+    return op._schema.name.partition("::")[2], torch.Tag.nondeterministic_seeded in op.tags
+
+
 def _compute(op, *args, **kwargs):
-    "Unwrap, compute on the CPU, wrap; what an operation changes in place comes back as the tensor it was."
-    name = op._schema.name.partition("::")[2]
+    "Unwrap, compute on the CPU, wrap."
+    name, random = _facts(op)
     _refuse(name, args, kwargs)
     if reason := _reason(name, args):
         READS[reason] += 1
-    owners = {id(t.inner): t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Elsewhere)}
+    owners = {id(t.inner): t for t in _tensors((*args, *kwargs.values())) if isinstance(t, Elsewhere)}
     stays = True
     if kwargs.get("device") is not None:
         stays = _is_here(kwargs["device"])
@@ -182,16 +214,13 @@ def _compute(op, *args, **kwargs):
     kwargs.pop("pin_memory", None)
     if name == "copy_" and not isinstance(args[0], Elsewhere):
         return args[0].copy_(args[1].inner)
-    args, kwargs = tree_map(_inner, (args, kwargs))
-    random = torch.Tag.nondeterministic_seeded in op.tags
+    args, kwargs = _inner(args), {k: _inner(v) for k, v in kwargs.items()}
     with _own_generator() if random else contextlib.nullcontext():
         result = op(*args, **kwargs)
     for tensor in owners.values():
         if tensor.size() != tensor.inner.size():  # it has grown or been squeezed in place
             tensor.data = Elsewhere(tensor.inner)
-    if not stays:
-        return result
-    return tree_map(lambda t: _outer(t, owners), result)
+    return _outer(result, owners) if stays else result
 
 
 class _Module(torch.utils.backend_registration._DummyBackendModule):

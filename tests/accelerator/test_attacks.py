@@ -123,6 +123,7 @@ def test_what_a_library_calls_is_looked_at_in_every_eighth_pass(smooth):
         lambda device: torch.ones(1, 3, device=device).squeeze_(0),
         lambda device: torch.ones(4, 3, device=device).topk(2).values,
         lambda device: torch.nn.functional.one_hot(torch.arange(3, device=device), 4),
+        lambda device: torch.arange(6, device=device).view(2, 3)[:, [2, 0]],
     ],
 )
 def test_what_is_made_on_the_device_has_the_shape_it_has_on_the_cpu(make):

@@ -36,6 +36,19 @@ def test_an_objective_trains_on_the_device_as_on_the_cpu(name):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_batch_of_a_training_is_read_only_by_the_checks_of_its_attack(name):
+    "Guided Dropout and the weights of pairs read nothing: what grows with the batches is two reads for each attack."
+    found = {}
+    for batches in (2, 4):
+        data = load("digits", "train", n=16 * batches, device=default_device())
+        model = create("lenet5", classes=10, channels=1, size=data.shape[-1], seed=0).to(default_device())
+        with pretend.reads() as reads:
+            fit(model, data, OBJECTIVES[name], PGD(eps=0.1, step_size=0.05, steps=7), Recipe(epochs=1, batch_size=16))
+        found[batches] = sum(reads.values())
+    assert found[4] - found[2] <= (2 * 2 if OBJECTIVES[name].needs_attack else 0), found
+
+
 def test_cafd_is_trained_attacked_and_answers_on_the_device():
     answers = []
     for device in (torch.device("cpu"), default_device()):
