@@ -459,3 +459,37 @@ def bytes_needed(make, elsewhere: Path, monkeypatch) -> dict[str, int]:
         writer.write("new")
     _disk.clear()
     return {"bytes": (1 << 40) - disk.left, "renames": disk.renamed, "syncs": len(synced)}
+
+
+def test_a_notebook_on_a_full_disk_says_which(place, monkeypatch):
+    "papermill writes it after every cell, and its error names no file."
+    from afgstudy.study.worker import execute_notebook, kernel_manager_class
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1", metadata={"tags": ["parameters"]})])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "python3"}
+    nbformat.write(notebook, place / "toy.ipynb")
+    (place / "part").mkdir()
+    job = {"experiment": "toy", "notebook": str(place / "toy.ipynb"), "parameters": {}}
+    kernels = kernel_manager_class()
+    disk = Disk(place / "part", left=100)  # room for `progress.json`
+    with full(disk, monkeypatch), pytest.raises(OSError, match=r"No space left on device: .*notebook\.ipynb"):
+        execute_notebook(job, place / "part", kernels)
+    kernels.kill_all()
+
+
+def test_a_run_from_another_machine_that_does_not_fit_fails_alone(place, monkeypatch):
+    "The others go on; and the earlier result of this one stays."
+    from concurrent.futures import Future
+
+    from afgstudy.study.execute import Outcome, _outcome
+    from afgstudy.study.planning import Job
+
+    job = Job("toy", "cpu", {}, "toy.ipynb", runs=str(place), key="ab" * 32)
+    write_whole(job.folder / "record.json", "{}")
+    came: Future = Future()
+    came.set_result(Outcome(job, "done", files={"record.json": b"x" * 1000, "run.json": b"{}"}))
+    with full(Disk(place, left=500), monkeypatch):
+        outcome = _outcome(came, job)
+    assert outcome.state == "failed"
+    assert "record.json" in outcome.message and os.strerror(errno.ENOSPC) in outcome.message
+    assert content(place) == {str((job.folder / "record.json").relative_to(place)): b"{}"}
