@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHOWING', 'COMPUTING', 'PACKAGES', 'project_root', 'runs_root', 'experiments_root', 'StudyError', 'nearest',
-           'tensor_digest', 'state_digest', 'canonical', 'key_of', 'fsync', 'write_whole', 'file_checksum', 'Facts',
-           'facts_of', 'essence', 'python_source', 'recall_facts', 'keep_facts', 'computes', 'package_folder',
-           'imported_modules', 'source_checksums', 'parts_of', 'code_of', 'library_versions', 'asset_checksums',
-           'published_folder', 'published_checksums', 'device_kind', 'surroundings', 'differences', 'code_revision',
-           'package_versions']
+           'tensor_digest', 'state_digest', 'canonical', 'key_of', 'naming', 'fsync', 'write_whole', 'put_in_place',
+           'sealed', 'is_whole', 'file_checksum', 'Facts', 'facts_of', 'essence', 'python_source', 'recall_facts',
+           'keep_facts', 'computes', 'package_folder', 'imported_modules', 'source_checksums', 'parts_of', 'code_of',
+           'library_versions', 'asset_checksums', 'published_folder', 'published_checksums', 'device_kind',
+           'surroundings', 'differences', 'code_revision', 'package_versions']
 
 # %% ../nbs/00_core/00_keys.ipynb #c02
 import ast
@@ -19,11 +19,12 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -172,6 +173,17 @@ def key_of(
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
+# %% ../nbs/00_core/00_keys.ipynb #c19n
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    "An `OSError` of the system that says nothing of a file is raised again with the name of this one."
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None or e.filename is not None:
+            raise
+        raise OSError(e.errno, os.strerror(e.errno), str(path)) from e
+
 # %% ../nbs/00_core/00_keys.ipynb #c20
 def fsync(path: Path) -> None:
     "Force a file, or a folder's entries, to disk: without it a rename may be forgotten in a power cut."
@@ -182,7 +194,8 @@ def fsync(path: Path) -> None:
             return
         raise
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -195,20 +208,63 @@ def write_whole(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        fsync(path.parent)
+        with naming(path):
+            with open(part, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            fsync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+# %% ../nbs/00_core/00_keys.ipynb #c20b
+def put_in_place(
+    part: Path,  # a finished folder
+    target: Path,  # the name it is to have, on the same disk
+) -> None:
+    "Give a folder its name; what lay there before goes when the new one is in, and comes back if that fails."
+    old = target.with_name(f".{target.name}.old")
+    with naming(target):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        try:
+            os.replace(part, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/00_core/00_keys.ipynb #c20c
+def sealed(
+    facts: Mapping,  # plain JSON
+) -> dict:
+    "The same with a field `checksum`, over all the others."
+    body = {k: v for k, v in facts.items() if k != "checksum"}
+    return body | {"checksum": key_of(body)}
+
+
+def is_whole(facts: Mapping) -> bool:
+    "Whether the content is what was sealed; True for what has no checksum."
+    return "checksum" not in facts or sealed(facts)["checksum"] == facts["checksum"]
 
 # %% ../nbs/00_core/00_keys.ipynb #c21
 def _read_checksum(path: Path) -> str:
     "The SHA-256 of a file."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remembered(cache: Path) -> dict[str, list]:
+    "Path -> size, time of change and checksum; empty where there is no cache yet, or a broken one."
+    try:
+        known = json.loads(cache.read_text())
+        return {k: v for k, v in known.items() if re.fullmatch("[0-9a-f]{64}", v[2])}
+    except (OSError, ValueError, AttributeError, TypeError, LookupError):
+        return {}
 
 # %% ../nbs/00_core/00_keys.ipynb #c21a
 def file_checksum(
@@ -220,14 +276,12 @@ def file_checksum(
     if not cache:
         return _read_checksum(path)
     stat = path.stat()
-    try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):  # no memory yet, or a broken one: a fresh one
-        known = {}
-    size, changed, checksum = known.get(str(path), (None, None, None))
-    if (size, changed) != (stat.st_size, stat.st_mtime_ns):
-        checksum = _read_checksum(path)
-        write_whole(cache, json.dumps(known | {str(path): (stat.st_size, stat.st_mtime_ns, checksum)}))
+    known, fact = _remembered(cache), [stat.st_size, stat.st_mtime_ns]
+    if (found := known.get(str(path))) and found[:2] == fact:
+        return found[2]
+    checksum = _read_checksum(path)
+    with suppress(OSError):  # what cannot be written costs time, nothing else
+        write_whole(cache, json.dumps(known | {str(path): [*fact, checksum]}))
     return checksum
 
 # %% ../nbs/00_core/00_keys.ipynb #c24

@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'METHOD_COLOURS', 'OUTCOME_COLOURS', 'colour', 'use_style'
 # %% ../nbs/00_core/11_plots.ipynb #c02
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +19,8 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from .keys import write_whole
 
 # %% ../nbs/00_core/11_plots.ipynb #c04
 COLOURS: dict[str, str] = {
@@ -213,8 +216,9 @@ def save_figure(
 ) -> tuple[Path, Path]:  # the SVG and the PNG
     "Write `path.svg` and `path.png` (folders are made) and return both."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     svg, png = path.parent / f"{path.name}.svg", path.parent / f"{path.name}.png"
-    fig.savefig(svg, metadata={"Date": None})
-    fig.savefig(png)
+    for file, about in ((svg, {"Date": None}), (png, {})):
+        drawn = BytesIO()
+        fig.savefig(drawn, format=file.suffix[1:], metadata=about)
+        write_whole(file, drawn.getvalue())
     return svg, png

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from .data.files import DownloadError
 from .data.inventory import fetch, set_aside
 from .data.sources import Download
+from .keys import write_whole
 
 if TYPE_CHECKING:  # a list of files needs neither
     import pandas as pd
@@ -226,12 +227,12 @@ def weights_root(root: str | Path | None = None) -> Path:
 
 
 def _fits(path: Path, weights: Weights) -> str:
-    "What keeps the file from being loaded; empty if nothing does."
+    "What keeps the file from being loaded; empty if nothing does. Raises OSError where it cannot be read."
     from afgstudy.models import create
 
     try:
         create(weights.network, weights=path)
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         return str(e)
     return ""
 
@@ -284,7 +285,7 @@ def _make(weights: Weights, root: Path) -> None:
     target = root / f"{weights.name}.safetensors"
     part = root / f".{target.name}.part"
     try:
-        part.write_bytes(content)
+        write_whole(part, content)
         set_aside(target)
         os.replace(part, target)
     finally:

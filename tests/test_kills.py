@@ -8,9 +8,12 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ from afgstudy.study.experiment import Experiment
 from afgstudy.study.records import read_record
 from afgstudy.training import Recipe
 
+pytest_plugins = ["study_sandbox"]
 KILLS = 100 if os.environ.get("AFGSTUDY_THOROUGH") else 10
 DRAWING = Visualiser.small(8, steps=1)
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "shutil.rmtree"}
@@ -235,3 +239,102 @@ def test_a_full_disk_is_said_and_nothing_that_is_finished_is_lost(tmp_path, monk
     assert study(tmp_path / "small") == digits
     assert all(p.stat().st_mtime_ns == changed for p, changed in before.items()), "made again"
     assert not [p for p in (tmp_path / "small").rglob("*.part")]
+
+# ---------------------------------------------------------------- the command itself
+
+STUDY = {
+    "a/trains": """
+net = trained("lenet5", images, recipe=Recipe(epochs=4, batch_size=10))
+found = attacked(FGSM(eps=0.1), net.model, images).x
+exp.row("digits", "none", "FGSM", measured=float(found.mean()), n=40)
+exp.row("digits", "none", "none", "weights", measured=float(sum(p.sum() for p in net.model.parameters())), unit="")
+""",
+    "b/draws": """
+net = trained("lenet5", images, recipe=Recipe(epochs=4, batch_size=10)).model
+made = build_genomes(runs_root() / "genomes", Genome(list(layers(net))[:1], 1, Visualiser.small(8, steps=1)), net,
+                     images.images(slice(0, 6)), part_size=2)
+exp.row("digits", "none", "none", "genomes", measured=float(made.take(range(6)).float().mean()), unit="", n=6)
+""",
+    "c/plots": """
+fig, ax = plt.subplots(figsize=(2, 1))
+ax.plot([0, seed, 3])
+exp.figure(fig, "line")
+exp.row("digits", "none", "none", "images", measured=len(images), unit="")
+""",
+}
+IMPORTS = """
+import matplotlib.pyplot as plt
+from afgstudy.afg.drawing import Visualiser
+from afgstudy.afg.genome import Genome, build_genomes
+from afgstudy.attacks import FGSM
+from afgstudy.data import load
+from afgstudy.kept import attacked, trained
+from afgstudy.keys import runs_root
+from afgstudy.models import layers
+from afgstudy.study.experiment import begin
+from afgstudy.training import Recipe
+"""
+RUNS_KILLED = 100 if os.environ.get("AFGSTUDY_THOROUGH") else 3
+
+
+def children(pid: int) -> list[int]:
+    "The process and all that it has started, and they."
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [p for child in task.read_text().split() for p in children(int(child))]
+    return found
+
+
+def start_run() -> subprocess.Popen:
+    "`afgstudy run --all` as a process of its own."
+    code = "from afgstudy.study.cli import main; main(['run', '--all', '--jobs', '2'], prog_name='afgstudy')"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes)
+
+
+def ended(process: subprocess.Popen) -> str:
+    "What a run that nobody disturbs says."
+    said = process.communicate(timeout=900)[0]
+    assert process.returncode == 0 and "Traceback" not in said, said
+    return said
+
+
+def digits_of(sandbox) -> dict[str, list]:
+    "Every row and figure of the study."
+    found = {p.relative_to(sandbox.runs).parts[1:3]: read_record(p.parent) for p in sandbox.runs.rglob("record.json")}
+    figures = [p.read_text() for p in sandbox.runs.rglob("*.svg")]
+    return {"/".join(k): r["rows"] for k, r in sorted(found.items())} | {"figures": figures}
+
+
+def test_afgstudy_run_killed_at_random_moments_ends_in_the_same_digits(sandbox):
+    "The runner, its stock, a worker or a kernel, killed or interrupted; then the command once more."
+    for name, cell in STUDY.items():
+        begins = f'exp = begin("{name}", globals())\nimages = load("digits", "train", n=40)'
+        sandbox.write(name, IMPORTS, begins, cell, "exp.save()")
+    begin = time.monotonic()
+    assert "3 done" in ended(start_run())
+    seconds, digits = time.monotonic() - begin, digits_of(sandbox)
+    assert set(digits) == {*STUDY, "figures"} and len(digits["figures"]) == 1
+    shutil.rmtree(sandbox.runs)
+    drawn, kills = random.Random(0), 0
+    while kills < RUNS_KILLED:
+        process = start_run()
+        try:
+            said = process.communicate(timeout=drawn.uniform(0, seconds))[0]
+        except subprocess.TimeoutExpired:
+            how = drawn.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            family = children(process.pid)
+            victim = drawn.randrange(len(family))
+            with suppress(ProcessLookupError):
+                os.kill(family[victim], how)
+                kills += 1
+            print(f"{kills}: {how.name} to process {victim} of {len(family)}", flush=True)
+            process.communicate(timeout=120 + 10 * seconds)  # who is not needed may be the victim
+        else:  # it came to its end, so it begins anew
+            assert process.returncode == 0 and digits_of(sandbox) == digits, said
+            shutil.rmtree(sandbox.runs)
+    said = ended(start_run())
+    assert digits_of(sandbox) == digits, said
+    wrong = [p for p in sandbox.runs.rglob("*") if ".part" in p.name or ".old" in p.name or "damaged" in p.name]
+    assert wrong == [], said

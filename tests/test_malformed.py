@@ -165,6 +165,7 @@ SETTINGS = {
     },
     attacks.UniversalPerturbation: {
         "eps": RADIUS, "norm": NORM, "passes": count(1), "target_rate": number(0, 1, with_low=False),
+        "deepfool": lambda v: isinstance(v, attacks.DeepFool),
     },
     attacks.PixelAttack: {
         "pixels": count(1), "population": count(4), "steps": count(0), "factor": number(0, 2, with_low=False),

@@ -936,3 +936,59 @@ def test_hooks_are_modules_that_attacks_freeze_and_restore(trained):
         and all(p.requires_grad and p.grad is None for p in pipeline.parameters())
     )
     model.eval()
+
+
+# --- what a first user gets wrong ------------------------------------------------------------------
+
+QUICK = [
+    FGSM(eps=0.1),
+    BIM(eps=0.1, steps=2),
+    PGD(eps=0.1, steps=2),
+    MIFGSM(eps=0.1, steps=2),
+    DeepFool(steps=2),
+    CarliniWagner(steps=2),
+    PixelAttack(pixels=1, population=4, steps=1),
+    SpatialTransform(steps=2),
+    DDN(steps=2),
+    AutoAttack(eps=0.1, steps=2, queries=3),
+]
+LIBRARIES = (DDN, AutoAttack)  # they look at the answers themselves
+NO_GRADIENT = (PixelAttack,)
+
+
+def six_pixels():
+    "A linear model of four classes, images, and the labels it gives them."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+    x = torch.rand(3, 1, 6, 6)
+    return model, x, answers(model, x)
+
+
+@pytest.mark.parametrize("attack", QUICK, ids=repr)
+def test_first_mistakes_are_refused_by_name(attack):
+    model, x, y = six_pixels()
+    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator or None, got 0"):
+        attack(model, x, y, 0)
+    with pytest.raises(ValueError, match=r"float32 or float64, got torch\.float16.*Attack x\.float\(\)"):
+        attack(model, x.half(), y)
+    if not isinstance(attack, LIBRARIES):
+        with pytest.raises(ValueError, match=r"the model must return logits \[3, K\], got tuple"):
+            attack(lambda z: (model(z), z), x, y)
+    if not isinstance(attack, (*LIBRARIES, *NO_GRADIENT, DeepFool)):
+        with pytest.raises(ValueError, match="logits have no gradient with respect to the images"):
+            attack(lambda z: model(z).detach(), x, y)
+
+
+@pytest.mark.parametrize("attack", QUICK, ids=repr)
+def test_a_softmax_is_warned_of_and_any_whole_label_is_taken(attack):
+    model, x, y = six_pixels()
+    with pytest.warns(UserWarning, match="they look like probabilities"):
+        attack(lambda z: model(z).softmax(1), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two steps find little
+        assert torch.equal(attack(model, x, y.int(), seeded()), attack(model, x, y, seeded()))
+
+
+def test_a_norm_in_other_letters_is_refused_by_name():
+    with pytest.raises(ValueError, match="norm must be 'linf' or 'l2', got 'Linf'"):
+        PGD(norm="Linf")

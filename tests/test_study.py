@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 import afgstudy
-from afgstudy.keys import key_of
+from afgstudy.keys import key_of, sealed
 from afgstudy.store import Store
 from afgstudy.study import execute, parameters, planning, records
 from afgstudy.study.cli import main
@@ -240,7 +240,7 @@ def test_a_dry_run_runs_nothing(sandbox):
     job = planning.plan(["toy"])[0]
     other = job.folder.with_name("0" * 12)
     other.mkdir(parents=True)
-    (other / "record.json").touch()
+    (other / "record.json").write_text("{}")
     (other / "notebook.ipynb").touch()
     (other / "run.json").write_text(
         json.dumps({"finished": "2026-01-01", "seconds": 600.0, "parameters": {}})
@@ -336,7 +336,8 @@ def test_a_record_holds_every_field(sandbox):
     record = json.loads((example(sandbox) / "record.json").read_text())
     assert all(list(row) == COLUMNS for row in record["rows"])
     assert [r["seed"] for r in record["rows"]] == [3, 3, 4] and record["rows"][1]["measured"] is None
-    assert {"experiment", "title", "preset", "rows", "figures", "notes", "verdict", "provenance"} == set(record)
+    fields = {"experiment", "title", "preset", "rows", "figures", "notes", "verdict", "provenance", "checksum"}
+    assert fields == set(record) and sealed(record) == record
     p = record["provenance"]
     assert p["parameters"] == {"steps": 40, "seed": 3, "weights": "~/w.safetensors"} and p["seeds"] == [3, 4]
     assert p["revision"] is None  # the temporary project is not under version control
@@ -373,7 +374,7 @@ def test_a_record_names_processor_instructions_and_threads(sandbox, monkeypatch)
     assert device_text(gpu).endswith("threads, CUDA 12.8, cuDNN 91002, TF32 in training only")
     old = {"kind": "cpu", "name": "x86_64", "threads": 2}
     record["provenance"]["device"] = old
-    assert records.check_record(record) and device_text(old) == "cpu (x86_64), 2 threads"
+    assert records.check_record(sealed(record)) and device_text(old) == "cpu (x86_64), 2 threads"
 
 
 def test_a_row_replaces_its_earlier_self_and_takes_an_estimate(sandbox):
@@ -518,11 +519,11 @@ def test_a_committed_record_says_what_has_changed_since(sandbox):
     assert "m" in sandbox("status --committed").splitlines()[1]
     record = json.loads((target / "record.json").read_text())
     record["provenance"]["needs"]["modules"]["afgstudy.keys"] = "another"
-    (target / "record.json").write_text(json.dumps(record))
+    (target / "record.json").write_text(json.dumps(sealed(record)))
     sandbox.write("toy/few", *cells, parameters=FEW)
     assert "modules afgstudy.keys" in sandbox("status --committed")
     del record["provenance"]["needs"]
-    (target / "record.json").write_text(json.dumps(record))
+    (target / "record.json").write_text(json.dumps(sealed(record)))
     assert "before records listed what they needed" in sandbox("status --committed")
 
 

@@ -6,9 +6,12 @@
 __all__ = ['genome', 'genome_build', 'genome_info', 'genome_show']
 
 # %% ../../nbs/50_afg/09_cli.ipynb #c02
+from io import BytesIO
 from pathlib import Path
 
 import click
+
+from ..keys import write_whole
 
 # %% ../../nbs/50_afg/09_cli.ipynb #c05
 @click.group(help="Sets of genomes: build one, look into it.")
@@ -116,6 +119,11 @@ def genome_show(folder, numbers, out):
     except (ValueError, OSError, RuntimeError, IndexError) as e:
         raise click.ClickException(str(e)) from None
     fig = genome_page(genomes, found.manifest["genome"]["layers"], [str(i) for i in chosen])
-    fig.savefig(out, dpi=120, bbox_inches="tight")
+    drawn = BytesIO()
+    fig.savefig(drawn, format="png", dpi=120, bbox_inches="tight")
     plt.close(fig)
+    try:
+        write_whole(out, drawn.getvalue())
+    except OSError as e:
+        raise click.ClickException(str(e)) from None
     click.echo(out)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PARTS', 'MANIFEST', 'stitch', 'luminance', 'Genome', 'OtherGenomes', 'DamagedGenomes', 'UnfinishedGenomes',
-           'describe_genomes', 'check_same', 'part_path', 'write_part', 'part_length', 'read_manifest', 'as_numbers',
-           'GenomeFolder', 'GenomeSet', 'build_genomes']
+           'describe_genomes', 'check_same', 'part_path', 'part_digest', 'write_part', 'part_length', 'check_part',
+           'read_manifest', 'as_numbers', 'GenomeFolder', 'GenomeSet', 'is_sound', 'build_genomes']
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c02
 import json
@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .drawing import Visualiser, visualise
 from .groups import group_features
 from ..attacks.base import check_count
-from ..keys import state_digest, tensor_digest
+from ..keys import key_of, state_digest, tensor_digest, write_whole
 from ..models import Classifier
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c05
@@ -140,7 +140,10 @@ def describe_genomes(
 # %% ../../nbs/50_afg/03_genome.ipynb #c13a2
 def check_same(folder: Path, wanted: dict) -> None:
     "Raise `OtherGenomes` if the folder holds something else than `wanted`."
-    there = json.loads((folder / MANIFEST).read_text())
+    try:
+        there = dict(json.loads((folder / MANIFEST).read_text()))
+    except (ValueError, TypeError) as e:
+        raise OtherGenomes(f"{folder / MANIFEST} is broken ({e}), so what its parts are is unknown: remove it") from e
     names = {
         "weights": "the model's weights",
         "images": "the images",
@@ -159,13 +162,15 @@ def part_path(folder: Path, k: int) -> Path:
     return folder / f"part-{k:05d}.safetensors"
 
 
-def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
-    "Write a part, whole or not at all."
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part)
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def part_digest(tensors: Mapping[str, Tensor]) -> str:
+    "SHA-256 over the names, types, shapes and bytes of what a part holds."
+    return key_of({name: tensor_digest(value) for name, value in tensors.items()})
+
+
+def write_part(path: Path, tensors: Mapping[str, Tensor], manifest: dict) -> None:
+    "Write a part of the set with this manifest, whole or not at all."
+    held = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    write_whole(path, save(held, {"sha256": part_digest(held), "set": key_of(manifest)}))
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c15a
 def part_length(path: Path, shape: Sequence[int]) -> int:
@@ -180,6 +185,20 @@ def part_length(path: Path, shape: Sequence[int]) -> int:
     if list(found) != list(shape):
         raise DamagedGenomes(f"{path.name} holds genomes of shape {found}, the manifest says {list(shape)}")
     return n
+
+# %% ../../nbs/50_afg/03_genome.ipynb #c15b
+def check_part(path: Path, manifest: dict, must: bool = False) -> None:
+    "Raise `DamagedGenomes` where a part is not what was written for this set; `must`: also where it does not say."
+    try:
+        with safe_open(path, "pt") as part:
+            about = part.metadata() or {}
+            found = part_digest({n: part.get_tensor(n) for n in part.keys()}) if about else ""
+    except (SafetensorError, ValueError) as e:
+        raise DamagedGenomes(f"{path.name} cannot be read ({e}): build the set again, only this part is redone") from e
+    if about and found != about.get("sha256"):
+        raise DamagedGenomes(f"{path.name} is damaged, its checksum is another: build the set again")
+    if (about or must) and about.get("set") != key_of(manifest):
+        raise DamagedGenomes(f"{path.name} was made for another set: build the set again, only this part is redone")
 
 # %% ../../nbs/50_afg/03_genome.ipynb #c15m
 def read_manifest(folder: Path) -> dict:
@@ -218,6 +237,7 @@ class GenomeFolder:
 
     folder: Path
     manifest: dict = field(init=False, repr=False)
+    checked: set[int] = field(init=False, repr=False, default_factory=set)  # the parts that were found to be sound
 
     def __post_init__(self):
         self.folder = Path(self.folder)
@@ -241,6 +261,9 @@ class GenomeFolder:
             raise UnfinishedGenomes(
                 f"{path.name} of {self.parts} parts is not made yet: build the set again to go on"
             )
+        if k not in self.checked:
+            check_part(path, self.manifest)
+            self.checked.add(k)
         wanted = min(self.manifest["part_size"], len(self) - k * self.manifest["part_size"])
         if (n := part_length(path, self.manifest["shape"])) != wanted:
             raise DamagedGenomes(f"{path.name} holds {n} genomes, by {MANIFEST} it should be {wanted}")
@@ -292,6 +315,23 @@ class GenomeSet(GenomeFolder):
             for some in rows.split(batch_size):
                 yield whole[some], k * self.manifest["part_size"] + some
 
+# %% ../../nbs/50_afg/03_genome.ipynb #c16b
+def is_sound(
+    path: Path,
+    manifest: dict,
+    count: int,  # genomes that it should hold
+    must: bool = False,  # it must say for which set it was made
+) -> bool:  # False: it was moved aside, or holds too few
+    "Whether a part is whole. A damaged one is renamed to `NAME.damaged`, with a warning."
+    try:
+        check_part(path, manifest, must)
+        return part_length(path, manifest["shape"]) == count
+    except DamagedGenomes as e:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        warnings.warn(f"made again: {e}; what was there is now {aside.name}", stacklevel=3)
+        return False
+
 # %% ../../nbs/50_afg/03_genome.ipynb #c17
 def build_genomes(
     folder: str | Path,
@@ -307,20 +347,15 @@ def build_genomes(
     "The genomes of `images` in `folder`; goes on where an earlier call stopped. Raises `OtherGenomes`."
     folder, wanted = Path(folder), describe_genomes(genome, model, images, source, part_size)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).exists():
+    if known := (folder / MANIFEST).exists():
         check_same(folder, wanted)
     else:
-        draft = folder / f".{MANIFEST}.{os.getpid()}"
-        draft.write_text(json.dumps(wanted, indent=1))
-        os.replace(draft, folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(wanted, indent=1))
     found, device = GenomeSet(folder), next(model.parameters()).device
     for k in tqdm(range(share[0], found.parts, share[1]), disable=None if progress else True, unit="part"):
         rows, path = slice(k * part_size, (k + 1) * part_size), part_path(folder, k)
-        try:
-            if path.exists() and part_length(path, genome.shape) == len(range(len(images))[rows]):
-                continue
-        except DamagedGenomes as e:
-            warnings.warn(f"made again: {e}", stacklevel=2)
+        if path.exists() and is_sound(path, found.manifest, len(range(len(images))[rows]), must=not known):
+            continue
         made = {"genome": genome(model, images[rows].to(device))}
-        write_part(path, made | {n: v[rows].clone() for n, v in (labels or {}).items()})
+        write_part(path, made | {n: v[rows].clone() for n, v in (labels or {}).items()}, found.manifest)
     return found

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from .base import Attack, ImageNoise, Model, check_count, check_logits, check_shape, margin
+from afgstudy.attacks.base import (
+    Attack,
+    ImageNoise,
+    Model,
+    check_count,
+    check_logits,
+    check_shape,
+    gradient_of,
+    margin,
+)
 from .gradient import per_image
 from .settings import check_number, check_switch
 from .wrappers import straight_clip
@@ -99,6 +108,8 @@ def look_at(
         bent = straight_clip(warp(x, flow))
         logits = model(bent)
         check_logits(logits, y) if check else check_shape(logits, len(y))
+        if not logits.requires_grad:
+            gradient_of(logits.sum(), flow)  # raises: the variation alone has a gradient, and would bend nothing
         aim = -margin(logits, y) if attack.targeted else margin(logits, y)
         variation = flow_variation(flow)
         (gradient,) = torch.autograd.grad((aim.clamp(min=-attack.kappa) + tau * variation).sum(), flow)

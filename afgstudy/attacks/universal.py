@@ -88,6 +88,8 @@ class UniversalPerturbation:
         check_radius("eps", self.eps, self.norm)
         check_count("passes", self.passes)
         check_number("target_rate", self.target_rate, "(0, 1]")
+        if not isinstance(self.deepfool, DeepFool):
+            raise TypeError(f"deepfool must be a DeepFool, got {self.deepfool!r}")
 
     def fit(
         self,

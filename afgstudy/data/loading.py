@@ -74,7 +74,7 @@ def on_device(device: object) -> torch.device:
         return default_device()
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, AssertionError) as e:  # a torch without CUDA asserts
+    except (RuntimeError, TypeError, ValueError, AssertionError) as e:  # a torch without CUDA asserts
         what = f"device must be one of this machine, such as 'cpu', got {device!r}"
         raise ValueError(f"{what}: {str(e).partition(chr(10))[0]}") from e
 

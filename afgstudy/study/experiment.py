@@ -7,6 +7,7 @@ __all__ = ['PUBLISHED_COLUMNS', 'DASH', 'COLUMNS', 'IDENTITY', 'published', 'loo
            'caption_of', 'styled', 'parameters_of', 'Rows', 'Pages', 'Attacks', 'provenance_of', 'Experiment', 'begin']
 
 # %% ../../nbs/60_study/00_experiment.ipynb #c02
+import html
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from afgstudy.keys import (
     project_root,
     published_folder,
     runs_root,
+    sealed,
     write_whole,
 )
 from ..store import ASKED
@@ -175,7 +177,7 @@ def caption_of(rows: list[dict]) -> str:
 
 # %% ../../nbs/60_study/00_experiment.ipynb #c15a1
 def styled(frame: pd.DataFrame, caption: str = "") -> "pd.io.formats.style.Styler":
-    "The table for the notebook: right-aligned numbers, quiet lines, line breaks kept."
+    "The table for the notebook: right-aligned numbers, quiet lines, line breaks kept, and no name read as markup."
     rules = [
         {"selector": "td", "props": "text-align: right; white-space: pre-line; padding: .25em .6em;"},
         {"selector": "td", "props": "vertical-align: top; font-variant-numeric: tabular-nums;"},
@@ -187,7 +189,8 @@ def styled(frame: pd.DataFrame, caption: str = "") -> "pd.io.formats.style.Style
         axis=None
     ):  # the number stands out from its interval
         rules.append({"selector": "td::first-line", "props": "font-weight: 600;"})
-    return frame.style.set_table_styles(rules).set_caption(caption)
+    table = frame.style.format(escape="html").format_index(escape="html").format_index(escape="html", axis=1)
+    return table.set_table_styles(rules).set_caption(html.escape(caption))
 
 # %% ../../nbs/60_study/00_experiment.ipynb #c17
 def parameters_of(
@@ -384,7 +387,7 @@ class Experiment(Attacks):
         head = {"experiment": self.name, "title": self.title, "preset": self.preset}
         body = {"rows": self.rows, "figures": self.figures, "notes": self.notes, "verdict": self.verdicts}
         body |= {"attacks": self.attacks} if self.attacks else {}
-        return scrub(head | body | {"provenance": provenance_of(self)})
+        return sealed(scrub(head | body | {"provenance": provenance_of(self)}))
 
     def save(self) -> None:
         "Write `record.json`: whole, or not at all. A run without it counts as failed."

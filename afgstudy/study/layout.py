@@ -6,12 +6,11 @@
 __all__ = ['PATTERNS', 'SETTINGS', 'carried', 'files_of_the_study', 'lay_out']
 
 # %% ../../nbs/60_study/06b_layout.ipynb #c02
-import os
 import shutil
 from pathlib import Path
 
 import afgstudy
-from ..keys import StudyError
+from ..keys import StudyError, put_in_place, write_whole
 
 # %% ../../nbs/60_study/06b_layout.ipynb #c04
 PATTERNS = ("data/published/*.csv", "nbs/experiments/**/*.ipynb", "nbs/experiments/presets/**/*.yaml")
@@ -49,13 +48,10 @@ def lay_out(
     shutil.rmtree(part, ignore_errors=True)
     try:
         for file in files:
-            (part / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, part / file)
-        (part / "settings.ini").write_text(SETTINGS.format(version=afgstudy.__version__))
-        (part / ".gitignore").write_text("runs/\n")
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(part, folder)
+            write_whole(part / file, (source / file).read_bytes())
+        write_whole(part / "settings.ini", SETTINGS.format(version=afgstudy.__version__))
+        write_whole(part / ".gitignore", "runs/\n")
+        put_in_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

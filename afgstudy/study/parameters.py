@@ -88,7 +88,9 @@ def _notebook(path: Path, size: int, changed: int) -> Notebook:
         return Notebook(tuple(map(_cell, data["cells"])))
     except KeyError as e:
         raise StudyError(f"{path.name} is not a notebook: {e} is missing") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+    except OSError as e:
+        raise StudyError(f"{path.name} cannot be read: {e.strerror}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise StudyError(f"{path.name} is not a notebook: {str(e).partition(chr(10))[0]}") from None
 
 # %% ../../nbs/60_study/01_parameters.ipynb #pa10a
@@ -346,6 +348,8 @@ def read_preset(name: str, preset: str, folder: Path | None = None) -> dict[str,
     if check_preset_name(preset) == "smoke":
         return {}
     file = (folder or experiments_root()) / "presets" / preset / f"{name}.yaml"
+    if file.exists() and not file.is_file():
+        raise StudyError(f"presets/{preset}/{name}.yaml should be a file, and is a folder")
     if not file.is_file():
         raise StudyError(f"{name} has no preset {preset!r}: {nearest(preset, presets_of(name, folder))}")
     try:

@@ -31,6 +31,7 @@ from afgstudy.keys import (
     essence,
     file_checksum,
     imported_modules,
+    is_whole,
     keep_facts,
     key_of,
     library_versions,
@@ -111,7 +112,7 @@ def _fingerprint(name: str, root: str, cache: Path) -> tuple[bool, str]:
     stamp = _stamp(tops)
     try:
         here, value = True, data.fingerprint(name)
-    except OSError as e:
+    except FileNotFoundError as e:  # any other error of the system may be gone at the next look
         here, value = False, f"{type(e).__name__}: {e}"
     entry = {"tops": tops, "stamp": stamp, "here": here, "value": value}
     with suppress(OSError):  # a cache that cannot be written costs time, nothing else
@@ -276,18 +277,30 @@ def job_here(experiment: str, preset: str, parameters: dict[str, Any], **setting
 
 # %% ../../nbs/60_study/02_planning.ipynb #pl24
 def _facts(folder: Path) -> dict:
-    "`run.json` of a folder; `StudyError` that says what is wrong with it."
+    "`run.json` of a folder; `StudyError` that says what is wrong with it. Raises OSError where it cannot be read."
     try:
         facts = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as e:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError) as e:
         raise StudyError(f"run.json cannot be read ({type(e).__name__})") from None
     if not isinstance(facts, dict) or not {"parameters", "finished", "seconds"} <= facts.keys():
         raise StudyError("run.json does not describe a run")
+    if not is_whole(facts):
+        raise StudyError("run.json is damaged: its checksum is not that of its content")
     return facts
+
+# %% ../../nbs/60_study/02_planning.ipynb #pl24r
+def _check_record(path: Path) -> None:
+    "Raise `StudyError` where a run's record is not what was written."
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        raise StudyError(f"{path.name} is damaged: it is no JSON") from None
+    if isinstance(record, dict) and not is_whole(record):
+        raise StudyError(f"{path.name} is damaged: its checksum is not that of its content")
 
 # %% ../../nbs/60_study/02_planning.ipynb #pl24a
 def check_run(folder: Path) -> dict:
-    "What is known of a finished run. `StudyError` if the folder holds none, or if a file is missing or cut off."
+    "What is known of a finished run. `StudyError` if the folder holds none, or if a file is missing or damaged."
     if folder.is_symlink():
         raise StudyError(f"{folder.name} is a link; a run is kept in a folder of its own")
     if (folder / "error.txt").exists():
@@ -299,14 +312,15 @@ def check_run(folder: Path) -> dict:
             raise StudyError(f"{name} is missing")
         if size is not None and file.stat().st_size != size:
             raise StudyError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+    _check_record(folder / "record.json")
     return facts
 
 # %% ../../nbs/60_study/02_planning.ipynb #pl24a1
 def finished(folder: Path) -> dict | None:
-    "What is known of a finished run; None if the folder holds none that is whole."
+    "What is known of a finished run; None if the folder holds none that is whole. Raises OSError."
     try:
         return check_run(folder)
-    except (StudyError, OSError):
+    except StudyError:
         return None
 
 # %% ../../nbs/60_study/02_planning.ipynb #pl26
@@ -316,7 +330,7 @@ def latest_run(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     name = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
-    if name is None or not re.fullmatch(r"[\w-][\w.-]*", name) or ".." in name:
+    if name is None or not re.fullmatch(r"[\w-][\w.-]{0,99}", name) or ".." in name:
         what = "is a folder" if name is None else f"says {name[:80]!r}"
         raise StudyError(f"{pointer} should name a run's folder beside it, and {what}")
     target, old = folder / name, folder / f".{name}.old"
@@ -329,7 +343,7 @@ def latest_run(folder: Path) -> Path | None:
 class State:
     "How a job stands on disk."
 
-    name: str  # "done", "stale", "failed", "damaged", "running", "never", "blocked" (its data is missing)
+    name: str  # "done", "stale", "failed", "damaged", "unreadable", "running", "never", "blocked" (no data)
     finished: str = ""  # when, in UTC
     seconds: float | None = None
     why: str = ""  # what changed, or what went wrong
@@ -337,7 +351,10 @@ class State:
 
 def earlier_runs(job: Job) -> list[dict]:
     "What is known of the finished runs of the same experiment and preset, newest first."
-    found = [finished(p.parent) for p in job.folder.parent.glob("[!.]*/run.json")]
+    found = []
+    for path in job.folder.parent.glob("[!.]*/run.json"):
+        with suppress(OSError):  # what cannot be read now says nothing
+            found.append(finished(path.parent))
     return sorted((r for r in found if r), key=lambda r: r["finished"], reverse=True)
 
 
@@ -376,11 +393,19 @@ def is_locked(job: Job) -> bool:
 
 # %% ../../nbs/60_study/02_planning.ipynb #pl33
 def state_of(job: Job) -> State:
-    "How a job stands: finished, out of date, failed, damaged, running, never run, or blocked."
+    "How a job stands: finished, out of date, failed, damaged, unreadable, running, never run, or blocked."
     if job.parts and is_locked(job):
         return State("running", why=progress_of(job))
     if job.problem:
         return State("blocked", why=job.problem)
+    try:
+        return _on_disk(job)
+    except OSError as e:
+        return State("unreadable", why=str(e))
+
+# %% ../../nbs/60_study/02_planning.ipynb #pl33x
+def _on_disk(job: Job) -> State:
+    "The state that the folders of a job show. Raises OSError."
     if run := finished(job.folder) or finished(job.old):
         return State("done", run["finished"], run["seconds"])
     error = job.folder / "error.txt"
@@ -400,7 +425,7 @@ def _damaged(job: Job) -> State:
     "The state of a run whose folder is there but not whole."
     try:
         check_run(job.folder)
-    except (StudyError, OSError) as e:
+    except StudyError as e:
         return State("damaged", why=f"{e}; it will be run again")
     return State("never")
 

@@ -8,7 +8,6 @@ __all__ = ['PRESETS', 'NOTEBOOK_LIMIT', 'check_record', 'read_record', 'latest_r
 
 # %% ../../nbs/60_study/05_records.ipynb #r02
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -24,9 +23,12 @@ from afgstudy.keys import (
     canonical,
     differences,
     experiments_root,
+    is_whole,
     nearest,
     project_root,
+    put_in_place,
     runs_root,
+    sealed,
     write_whole,
 )
 from .experiment import scrub
@@ -53,14 +55,24 @@ def check_record(
     if error := jsonschema.exceptions.best_match(_form().iter_errors(record)):
         place = error.json_path.removeprefix("$").lstrip(".") or "its whole"
         raise StudyError(f"{where} is not a record that can be read: {place}: {error.message[:300]}")
+    if not is_whole(record):
+        raise StudyError(f"{where} is damaged or was edited: its checksum is not that of its content")
     return record
 
 # %% ../../nbs/60_study/05_records.ipynb #r08
+def _files_of(folder: Path) -> list[Path]:
+    "The folder of a record and what is read of it."
+    names = ("record.json", "notebook.ipynb", "figures")
+    return [folder, *(folder / n for n in names), *sorted((folder / "figures").glob("*"))]
+
+
 def read_record(
     folder: Path,  # a run's, or one below `data/results`
 ) -> dict | None:  # with the folder as its `folder`; None where there is no record
     "The checked record in a folder; `StudyError` names the file if it is none."
     path = Path(folder) / "record.json"
+    if link := next((p for p in _files_of(path.parent) if p.is_symlink()), None):
+        raise StudyError(f"{link} is a link; a record is kept with its files in a folder of its own")
     if not path.exists():
         return None
     if not path.is_file():
@@ -176,6 +188,24 @@ def _check_preset(
         raise StudyError(f"the newest run of {name!r} is not preset {preset!r}: {'; '.join(other)}")
     return True
 
+# %% ../../nbs/60_study/05_records.ipynb #c24r
+def _write_result(part: Path, record: dict, source: Path, project: Path | None) -> list[str]:
+    "Write what is committed of a run into a folder; what the one who commits should know."
+    remarks = []
+    write_whole(part / "record.json", json.dumps(sealed(scrub(record)), indent=1, ensure_ascii=False) + "\n")
+    for svg in sorted((source / "figures").glob("*.svg")):
+        write_whole(part / "figures" / svg.name, scrub(svg.read_text()))
+    notebook = _clean_notebook(source / "notebook.ipynb")
+    if (written := _source_of(record["experiment"], project)).is_file():
+        notebook = with_prose_of(notebook, written.read_text())
+    if len(notebook.encode()) <= NOTEBOOK_LIMIT:
+        write_whole(part / "notebook.ipynb", notebook + "\n")
+    else:
+        remarks.append(f"the notebook has {len(notebook) / 1e6:.1f} MB and was left out (1.5 MB at most)")
+    if (record["provenance"].get("revision") or {}).get("dirty"):
+        remarks.append("the record was made with changes that are not committed")
+    return remarks
+
 # %% ../../nbs/60_study/05_records.ipynb #c24d
 def publish(
     name: str,  # an experiment
@@ -189,30 +219,18 @@ def publish(
         raise StudyError(
             f"no finished run of {name!r} with preset {preset!r} to publish: {nearest(name, records)}"
         )
-    record, remarks = records[name], []
+    record = records[name]
     source, known = record.pop("folder"), _check_preset(record, project)
     target = (project or project_root()) / "data" / "results" / preset / name
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    (part / "figures").mkdir(parents=True)
-    write_whole(part / "record.json", json.dumps(scrub(record), indent=1, ensure_ascii=False) + "\n")
-    for svg in sorted((source / "figures").glob("*.svg")):
-        write_whole(part / "figures" / svg.name, scrub(svg.read_text()))
-    notebook = _clean_notebook(source / "notebook.ipynb")
-    if (written := _source_of(name, project)).is_file():
-        notebook = with_prose_of(notebook, written.read_text())
-    if len(notebook.encode()) <= NOTEBOOK_LIMIT:
-        write_whole(part / "notebook.ipynb", notebook + "\n")
-    else:
-        remarks.append(f"the notebook has {len(notebook) / 1e6:.1f} MB and was left out (1.5 MB at most)")
-    if not any((part / "figures").iterdir()):
-        (part / "figures").rmdir()
-    if (record["provenance"].get("revision") or {}).get("dirty"):
-        remarks.append("the record was made with changes that are not committed")
+    try:
+        remarks = _write_result(part, record, source, project)
+        put_in_place(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     if not known:
         remarks.append("there is no notebook of this name here, so its parameters were not compared with the preset")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(part, target)
     return target, remarks
 
 # %% ../../nbs/60_study/05_records.ipynb #c24da

@@ -22,7 +22,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..keys import StudyError, runs_root, write_whole
+from ..keys import StudyError, put_in_place, runs_root, write_whole
 from .experiment import DASH, cells_of
 from .planning import seconds_text
 from .records import committed_records, latest_records
@@ -337,24 +337,26 @@ def report(
         raise StudyError(f"no records in {where}: run some first (afgstudy run --all)")
     folder = (runs or runs_root()) / "report"
     missing = [n for n in names if n not in {r["experiment"] for r in records}]
-    shutil.rmtree(folder / "figures", ignore_errors=True)
-    pages = {}
-    if "html" in formats:
-        pages["index.html"] = html_page(records, missing, folder)
-    if "md" in formats:
-        pages["report.md"] = markdown_page(records, _copier(folder), missing, folder)
-    for name, text in pages.items():
-        write_whole(folder / name, text)
+    part, pages = folder.with_name(f".{folder.name}.part"), {}
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        if "html" in formats:
+            pages["index.html"] = html_page(records, missing, folder)
+        if "md" in formats:
+            pages["report.md"] = markdown_page(records, _copier(part), missing, folder)
+        for name, text in pages.items():
+            write_whole(part / name, text)
+        put_in_place(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return [folder / name for name in pages]
 
 # %% ../../nbs/60_study/05a_report.ipynb #c21a
 def _copier(folder: Path) -> Callable[[dict, Path], str]:
     "What copies a figure beside the page and returns its address there."
-    (folder / "figures").mkdir(parents=True)
-
     def copied(record: dict, file: Path) -> str:
         name = f"{_anchor(record)}-{file.name}"
-        shutil.copyfile(file, folder / "figures" / name)
+        write_whole(folder / "figures" / name, file.read_bytes())
         return f"figures/{name}"
 
     return copied

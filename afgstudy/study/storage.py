@@ -20,17 +20,32 @@ from typing import Any, NamedTuple
 import click
 from filelock import Timeout
 
-from ..keys import StudyError, file_checksum, fsync, project_root, runs_root
+from afgstudy.keys import (
+    StudyError,
+    file_checksum,
+    fsync,
+    project_root,
+    put_in_place,
+    runs_root,
+    write_whole,
+)
 from ..store import MANIFEST, Artifact, Store, lock_of, locked, room_for
 from .cli import _day, _Group, _table
 from .planning import named_in
 
 # %% ../../nbs/60_study/06b_storage.ipynb #c05
+def _stop(error: OSError) -> None:
+    "What `os.walk` calls where it would pass over a folder."
+    raise error
+
+
 def records() -> Iterator[Path]:
-    "The records of all runs here and of all that are committed."
-    roots = [f for f in sorted(runs_root().glob("*")) if f.is_dir() and f.name not in ("store", "genomes")]
-    for root in [*roots, project_root() / "data" / "results"]:
-        yield from sorted(root.rglob("record.json"))
+    "The records of all runs here and of all that are committed. Raises OSError for a folder that cannot be read."
+    for root in (runs_root(), project_root() / "data" / "results"):
+        for folder, inside, files in os.walk(root, onerror=_stop if root.exists() else None):
+            inside[:] = sorted(n for n in inside if Path(folder) != runs_root() or n not in ("store", "genomes"))
+            if "record.json" in (*files, *inside):
+                yield Path(folder) / "record.json"
 
 
 def referenced() -> set[str]:
@@ -162,7 +177,7 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
 def copy_whole(source: Path, target: Path, files: dict, extra: str | None = None) -> None:
     "Copy these files into a new folder, whole or not at all; `extra` becomes its list. Replaces what was there."
     target.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (target.with_name(f".{target.name}.{end}") for end in ("copying", "replaced"))
+    part = target.with_name(f".{target.name}.copying")
     shutil.rmtree(part, ignore_errors=True)
     try:
         with room_for(target, sum(f["bytes"] for f in files.values()) + 65536):
@@ -175,19 +190,10 @@ def copy_whole(source: Path, target: Path, files: dict, extra: str | None = None
                     raise StudyError(f"{source / name} changed while it was copied: try again")
             part.mkdir(parents=True, exist_ok=True)
             if extra:
-                (part / LIST).write_text(extra)
-        _put_in_place(part, target, old)
+                write_whole(part / LIST, extra)
+            put_in_place(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-# %% ../../nbs/60_study/06b_storage.ipynb #c16a1
-def _put_in_place(part: Path, target: Path, old: Path) -> None:
-    "Rename a whole folder to its place; what lay there goes when the new one is in."
-    if target.exists():
-        os.replace(target, old)
-    os.replace(part, target)
-    fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/60_study/06b_storage.ipynb #c18
 def check_room(parcels: Sequence[Parcel], folder: Path) -> None:

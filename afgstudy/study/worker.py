@@ -21,7 +21,7 @@ from typing import Any
 
 import nbformat
 
-from ..keys import StudyError, write_whole
+from ..keys import StudyError, naming, write_whole
 from ..store import BeingBuilt
 from .parameters import read_notebook
 from .warm import Stock, WaitingKernel, possible
@@ -93,10 +93,11 @@ def execute_notebook(
     out = part / "notebook.ipynb"
     settings = {"kernel_name": "python3", "language": "python", "progress_bar": False, "start_timeout": 180}
     settings |= {"kernel_manager_class": kernels, "on_cell_start": started}
-    papermill.execute_notebook(job["notebook"], out, job["parameters"], **settings)
+    with naming(out):  # a full disk is otherwise said without a file
+        papermill.execute_notebook(job["notebook"], out, job["parameters"], **settings)
     notebook = nbformat.read(out, as_version=4)
     notebook.metadata.papermill |= {"input_path": f"{job['experiment']}.ipynb", "output_path": out.name}
-    nbformat.write(notebook, out)
+    write_whole(out, nbformat.writes(notebook) + "\n")
 
 # %% ../../nbs/60_study/03_worker.ipynb #wo14
 def _plain_text(text: str) -> str:
