@@ -432,7 +432,7 @@ class Second:
         net, every = network() if network else second_network(*form), max(1, self.second_epochs // 20)
 
         def iou(model: nn.Module) -> dict[str, float]:
-            return {"iou": top2_iou(in_batches(model, watch[0], batch_size=256), watch[1]).mean().item()}
+            return {"iou": top2_iou(in_batches(model, watch[0], batch_size=256).cpu(), watch[1]).mean().item()}
 
         def build(scratch: Path):
             done = train_second(net, x, target, self.recipe, iou if watch else None, every)

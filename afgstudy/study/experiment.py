@@ -120,7 +120,8 @@ IDENTITY = ["dataset", "method", "attack", "metric", "seed"]
 
 # %% ../../nbs/60_study/00_experiment.ipynb #c13a
 def _number(value: object) -> float | None:
-    "A finite float, or None for None and NaN."
+    "A finite float, or None for None and NaN; of a tensor, on whatever device, its one number."
+    value = value.item() if hasattr(value, "item") else value
     return None if value is None or pd.isna(value) or not math.isfinite(value) else float(value)
 
 

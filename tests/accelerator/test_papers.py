@@ -163,3 +163,9 @@ def test_a_second_network_learns_with_one_read_an_epoch():
     assert next(fitted.score.parameters()).device.type == "npu"
     assert len(fitted.history) == 2 and sum(found.values()) <= 3, dict(found)
     assert fitted(x).device.type == "cpu" and fitted(x).shape == (24, 2)
+
+
+def test_a_record_takes_a_number_from_any_device():
+    from afgstudy.study.experiment import text_of
+
+    assert text_of(torch.tensor(2.5, device="npu")) == text_of(torch.tensor(2.5)) == "2.50"
