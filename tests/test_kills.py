@@ -307,6 +307,7 @@ def digits_of(sandbox) -> dict[str, list]:
     return {"/".join(k): r["rows"] for k, r in sorted(found.items())} | {"figures": figures}
 
 
+@pytest.mark.timeout(120 * RUNS_KILLED + 1500)
 def test_afgstudy_run_killed_at_random_moments_ends_in_the_same_digits(sandbox):
     "The runner, its stock, a worker or a kernel, killed or interrupted; then the command once more."
     for name, cell in STUDY.items():
@@ -333,6 +334,7 @@ def test_afgstudy_run_killed_at_random_moments_ends_in_the_same_digits(sandbox):
             process.communicate(timeout=120 + 10 * seconds)  # who is not needed may be the victim
         else:  # it came to its end, so it begins anew
             assert process.returncode == 0 and digits_of(sandbox) == digits, said
+            print(f"{kills}: the same digits", flush=True)
             shutil.rmtree(sandbox.runs)
     said = ended(start_run())
     assert digits_of(sandbox) == digits, said
