@@ -214,7 +214,7 @@ def test_a_damaged_part_of_genomes_is_said_and_only_it_is_drawn_again(tmp_path, 
 WRITERS = {  # what is replaced by a disk without space, and what was finished before it filled
     "a network": ("safetensors.torch.save_file", DiskFull, ()),
     "a checkpoint": ("afgstudy.training.torch.save", DiskFull, ()),
-    "genomes": ("afgstudy.afg.genome.save_file", OSError, ("model", "attacked")),
+    "genomes": ("afgstudy.afg.genome.write_whole", OSError, ("model", "attacked")),
     "a record": ("afgstudy.study.experiment.write_whole", OSError, ("model", "attacked", "genomes")),
 }
 
